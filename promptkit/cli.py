@@ -1,0 +1,383 @@
+"""The command line: ``promptkit list | run | reproduce | leaderboard | pretrain``.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from promptkit.errors import InputError, unknown
+
+out, err = Console(), Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Turns errors that a reader can act on into one sentence and an exit code."""
+
+    def invoke(self, ctx):
+        """Run the command: exit code 2 for bad input, 1 for what failed under way, 130 for Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _say(f"Error: {error}")
+            raise typer.Exit(2) from None
+        except OSError as error:  # a full disk, a folder that cannot be written
+            _say(f"Error: {error}")
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            _say(f"Error: the package {error.name} is missing; install it with: pip install 'promptkit[all]'")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("Interrupted; what was finished is stored, and the same command goes on from there.")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="promptkit",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Prompt learning for vision-language models: train, test, reproduce the papers.",
+    epilog="Begin with [bold]promptkit run coop --data pets[/]: CoOp on the embedded benchmark, in seconds.",
+)
+
+
+def main():
+    """Entry point of the console script."""
+    app()
+
+
+def _say(text):
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _examples(*lines):
+    return "[bold]Examples[/]\n\n" + "\n\n".join(f"  $ promptkit {line}" for line in lines)
+
+
+def _option(kind, text, *names, **more):
+    return Annotated[
+        kind, typer.Option(*names, help=text, show_default=more.pop("show_default", False), **more)
+    ]
+
+
+Results = _option(Path | None, "Folder of stored runs; default: $PROMPTKIT_RESULTS, else ./results.")
+Profile = _option(
+    str,
+    "[bold]mini[/]: the embedded world; [bold]smoke[/]: a quick check; [bold]full[/]: the papers' recipes.",
+    show_default=True,
+)
+Workers = _option(int, "Processes at the same time, each with one thread.", min=1, show_default=True)
+Scheduler = _option(str | None, "Address of a Dask scheduler in place of --workers: tcp://host:8786.")
+Root = _option(Path | None, "Folder of the real datasets.")
+MaxSteps = _option(int | None, "Stop each training after so many steps.", min=1)
+Device = _option(str | None, "cpu or cuda; default: a GPU if there is one.")
+
+
+@app.command("list", epilog=_examples("list", "list --json"))
+def list_methods(as_json: _option(bool, "Print JSON.", "--json") = False):
+    """List the methods: name, title, year, kind, paper, parameters."""
+    from promptkit.method import methods
+
+    rows = [_describe(cls) for cls in sorted(methods().values(), key=lambda cls: (cls.year, cls.name))]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "title", "year", "kind", "arXiv", "parameters (default)", title="Methods")
+    for row in rows:
+        parameters = ", ".join(f"{key}={value!r}" for key, value in row["parameters"].items())
+        table.add_row(
+            f"[bold]{row['name']}[/]",
+            *(str(row[key]) for key in ("title", "year", "kind", "paper")),
+            parameters,
+        )
+    out.print(table)
+
+
+def _describe(cls):
+    facts = {key: getattr(cls, key) for key in ("name", "title", "year", "kind", "paper", "plugin")}
+    return facts | {"parameters": {name: default for name, (_, default) in cls.hyperparameters().items()}}
+
+
+@app.command(
+    epilog=_examples(
+        "run coop --data pets",
+        "run coop --data pets,flowers --shots 1,4,16 --seeds 1,2,3 --workers 2",
+        "run coop --data all --protocol base-to-new --seeds 1,2,3",
+        "run clip --data pets --set template='a drawing of a {}.'",
+        "run coop --data pets --set n_ctx=4 --set init='a photo of a' --epochs 20 --save pets.safetensors",
+        "run coop --protocol cross-dataset --data mini --targets pets,cars",
+        "run coop --data eurosat --profile full --model ViT-B-16 --pretrained openai --root ~/data",
+    )
+)
+def run(
+    method: Annotated[str, typer.Argument(help="A name of 'promptkit list', or a plug-in: 'dept(coop)'.")],
+    data: _option(str, "Datasets to train on, separated by commas, or all.", show_default=True) = "mini",
+    protocol: _option(
+        str, "few-shot, base-to-new, cross-dataset or domain-generalization.", show_default=True
+    ) = "few-shot",
+    shots: _option(str, "Training images a class, one number or several.", show_default=True) = "16",
+    seeds: _option(str, "One seed or several.", "--seeds", "--seed", show_default=True) = "1",
+    targets: _option(str, "Datasets that cross-dataset tests on; default: all but the source.") = "all",
+    profile: Profile = "mini",
+    model: _option(
+        str | None, "mini, mini-teacher or any ViT of open_clip; default: mini, for full ViT-B-16."
+    ) = None,
+    pretrained: _option(str | None, "Weights of an open_clip model: a tag such as openai, or a file.") = None,
+    precision: _option(str, "fp32, bf16 or fp16.", show_default=True) = "fp32",
+    settings: _option(
+        list[str] | None,
+        "A hyperparameter or a field of the recipe; repeat it for more.",
+        "--set",
+        metavar="KEY=VALUE",
+    ) = None,
+    lr: _option(float | None, "Learning rate; default: the recipe's.") = None,
+    epochs: _option(int | None, "Epochs; default: the recipe's.") = None,
+    batch_size: _option(int | None, "Images a step; default: the recipe's.") = None,
+    max_steps: MaxSteps = None,
+    save: _option(
+        Path | None, "Write the trained method to this .safetensors file; for one run only."
+    ) = None,
+    results: Results = None,
+    force: _option(bool, "Run again what is stored.", "--force") = False,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
+    root: Root = None,
+    device: Device = None,
+):
+    """Train and test one method; a run that is stored is not run again."""
+    with err.status("loading ..."):
+        from promptkit.protocols import SweepError, execute, execute_all, grid
+        from promptkit.results import results_dir
+        from promptkit.train import Setting
+    Setting(protocol, profile=profile)  # refuses unknown names before anything is loaded
+    overrides = dict(_setting(text) for text in settings or [])
+    overrides |= {k: v for k, v in dict(lr=lr, epochs=epochs, batch_size=batch_size).items() if v is not None}
+    if model is None and profile == "full":
+        model, pretrained = "ViT-B-16", pretrained or "openai"
+    names = _datasets(data, profile)
+    tested = [t for t in _datasets(targets, profile) if t not in names] if protocol == "cross-dataset" else []
+    plans = grid(
+        protocol, method, names, _numbers("seeds", seeds), _numbers("shots", shots), clip=model or "mini",
+        targets=tuple(tested), pretrained=pretrained, precision=precision, profile=profile,
+        max_steps=max_steps, root=None if root is None else str(root), device=device, overrides=overrides,
+    )  # fmt: skip
+    if save and len(plans) > 1:
+        raise InputError(
+            "--save keeps one trained method: give one dataset, one number of shots and one seed"
+        )
+    _announce(plans)
+    try:
+        if save:
+            rows = execute(plans[0], results, force, save=save)
+        else:
+            rows = execute_all(plans, workers, scheduler, results=results, force=force)
+    except SweepError as error:
+        _say(f"Error: {error}")
+        raise typer.Exit(1) from None
+    out.print(_table(rows))
+    _say(f"stored in {results_dir(results)}" + (f"; trained method in {save}" if save else ""))
+
+
+def _announce(plans):
+    facts = plans[0].describe()
+    if len(plans) > 1:
+        facts["runs"] = f"{len(plans)}, this is the first"
+    for key, value in facts.items():
+        err.print(f"[bold]{key:>10}[/]  ", end="")
+        _say(value)
+
+
+def _setting(text):
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise InputError(f"--set takes KEY=VALUE, such as n_ctx=4, not {text!r}")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return key, words[value.lower()]
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a text needs no quotes
+        return key, value
+
+
+def _numbers(name, text):
+    try:
+        return [int(word) for word in text.replace(",", " ").split()] or [int(text)]
+    except ValueError:
+        raise InputError(f"--{name} takes whole numbers separated by commas, not {text!r}") from None
+
+
+def _datasets(text, profile):
+    from promptkit import data
+
+    known = data.list_datasets()
+    if text == "all" and profile == "full":
+        real = [name for name in known if name not in (*data.MINI_TASKS, *data.SHIFTS)]
+        return real or list(data.MINI_TASKS)
+    if text == "all":
+        return list(data.MINI_TASKS)
+    names = text.replace(",", " ").split()
+    if not names:
+        raise InputError("no dataset is named")
+    for name in names:
+        if name not in known:
+            raise unknown("dataset", name, known)
+    return names
+
+
+def _table(rows):
+    table = Table(
+        "method", "dataset", "tested on", "classes", "shots", "seed", "accuracy (%)", "seconds", "run"
+    )
+    for row in rows.to_dict("records"):
+        texts = [row[key] for key in ("method", "dataset", "target", "split", "shots", "seed")]
+        table.add_row(*map(str, texts), f"{row['value']:.2f}", f"{row['seconds']:.1f}", row["hash"])
+    return table
+
+
+@app.command(
+    epilog=_examples(
+        "reproduce",
+        "reproduce --chapters 03 --profile smoke --output /tmp/book",
+        "reproduce --chapters coop --data pets,cars --seeds 1,2,3 --output out --fan-out --workers 4",
+        "reproduce --profile full --data all --root ~/data --scheduler tcp://host:8786",
+    )
+)
+def reproduce(
+    chapters: _option(str, "Numbers, ranges or names, such as 03, 01-03, coop.", show_default=True) = "all",
+    profile: Profile = "mini",
+    data: _option(str | None, "Datasets, or all; default: each chapter's own.") = None,
+    seeds: _option(str | None, "Seeds; default: each chapter's own.") = None,
+    output: _option(
+        Path | None,
+        "Folder for executed notebooks; default: mini refreshes them in place, others go to reproduced/.",
+    ) = None,
+    folder: _option(Path, "Folder of the chapters.", "--notebooks", show_default=True) = Path("notebooks"),
+    fan_out: _option(
+        bool, "First one execution a dataset and seed, to spread a long run.", "--fan-out"
+    ) = False,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
+    results: Results = None,
+    root: Root = None,
+    max_steps: MaxSteps = None,
+    device: Device = None,
+):
+    """Execute the chapters of the book through papermill; exit code 1 if one fails."""
+    with err.status("loading ..."):
+        from promptkit import reproduce as reproduction
+    if results is not None:
+        os.environ["PROMPTKIT_RESULTS"] = str(results.resolve())
+    names = data if data in (None, "all") else _datasets(data, profile)
+    reports = reproduction.reproduce(
+        chapters, profile, names, None if seeds is None else _numbers("seeds", seeds), output, workers,
+        scheduler, folder, fan_out, root=None if root is None else str(root.resolve()), max_steps=max_steps,
+        device=device,
+    )  # fmt: skip
+    table = Table("chapter", "seconds", "result", title=f"profile {profile}")
+    for report in reports:
+        result = f"failed: {report.error}" if report.error else "done"
+        table.add_row(report.name, f"{report.seconds:.0f}", Text(result))
+    out.print(table)
+    if any(report.error for report in reports):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "leaderboard", "leaderboard --protocol base-to-new --data pets", "leaderboard --csv > all.csv"
+    )
+)
+def leaderboard(
+    results: Results = None,
+    protocol: _option(str | None, "One protocol; default: all that have results.") = None,
+    data: _option(str | None, "Datasets to show beside the averages, or all.") = None,
+    level: _option(float, "Level of the confidence intervals over seeds.", show_default=True) = 0.95,
+    as_csv: _option(bool, "Print means and intervals as CSV.", "--csv") = False,
+    as_json: _option(bool, "Print means and intervals as JSON.", "--json") = False,
+):
+    """Show what the stored runs add up to: means over seeds with intervals, and averages over datasets."""
+    from promptkit.results import TRANSFER, load_results, results_dir, summarise
+
+    runs = load_results(results)
+    if not len(runs):
+        raise InputError(f"no runs are stored in {results_dir(results)}; make some with 'promptkit run'")
+    if protocol is not None:
+        _stored("protocol", protocol, runs["protocol"])
+        runs = runs[runs["protocol"] == protocol]
+    summary = summarise(runs, level)
+    names = [] if data is None else data.replace(",", " ").split()
+    if "all" not in names:
+        for name in names:
+            _stored("dataset", name, [*summary["dataset"], *summary["target"]])
+        average = (summary["target"] == "average") | summary["protocol"].isin([] if names else TRANSFER)
+        shown = summary[average | summary["dataset"].isin(names) | summary["target"].isin(names)]
+        summary = summary if (as_csv or as_json) and not names else shown
+    if as_csv or as_json:
+        print(summary.to_csv(index=False) if as_csv else summary.to_json(orient="records", indent=1))
+        return
+    for (name, profile, model), cells in summary.groupby(["protocol", "profile", "model"], sort=False):
+        out.print(_board(f"{name}, {profile}, {model}", name, cells, level))
+
+
+def _stored(kind, name, choices):
+    if name not in set(choices):
+        raise unknown(f"{kind} among the stored runs", name, sorted(set(choices)))
+
+
+def _board(title, protocol, cells, level):
+    """A row a method; a column a split for base-to-new, a number of shots for few-shot, else a target."""
+    from promptkit.results import label
+
+    splits = {"hm": "HM", "hm_of_tasks": "mean of HMs"}
+    columns = {
+        "few-shot": cells["shots"].map("{} shots".format),
+        "base-to-new": cells["split"].replace(splits),
+    }
+    cells = cells.assign(label=label(cells), column=columns.get(protocol, cells["target"]))
+    keys = ["dataset", "label"] if protocol == "few-shot" else ["dataset", "label", "shots"]
+    cells = cells.sort_values("shots", kind="stable") if protocol == "few-shot" else cells
+    names = list(dict.fromkeys(cells["column"]))
+    average = cells.loc[cells["target"] == "average", "datasets"].max()
+    title = f"{title}: accuracy in % ± {level:.0%} interval over seeds; average of {average}"
+    table = Table("data", "method", *keys[2:], *names, "seeds", title=title)
+    rows = cells.assign(first=cells["dataset"] != "average").groupby(["first", *keys])
+    for (_, *key), group in rows:
+        texts = {column: _number(part.iloc[0]) for column, part in group.groupby("column")}
+        table.add_row(*map(str, key), *(texts.get(name, "") for name in names), str(group["seeds"].max()))
+    return table
+
+
+def _number(cell):
+    half = (cell["high"] - cell["low"]) / 2
+    return f"{cell['mean']:.2f}" + ("" if half != half else f" ± {half:.2f}")  # NaN: one seed has no interval
+
+
+@app.command(
+    epilog=_examples("pretrain", "pretrain --model mini-teacher --device cuda", "pretrain --no-resume")
+)
+def pretrain(
+    model: _option(str, "mini or mini-teacher.", show_default=True) = "mini",
+    output: _option(Path | None, "Folder for the weights; default: the package's own.") = None,
+    samples: _option(int | None, "Image-caption pairs to see; default: the recipe's.") = None,
+    images: _option(int | None, "Images to draw; default: the recipe's.") = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint of an interrupted run.")] = True,
+    device: Device = None,
+):
+    """Pre-train a mini CLIP on the mini world: about an hour on two cores, minutes on a GPU."""
+    with err.status("loading ..."):
+        from promptkit.pretrain import pretrain as start
+    path = start(model, output, samples, device, resume, images=images)
+    _say(f"weights in {path}")

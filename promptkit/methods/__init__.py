@@ -1,0 +1,1 @@
+"""One module a paper, named after its method. Every module of this folder registers itself."""

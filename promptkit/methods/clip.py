@@ -1,0 +1,58 @@
+"""Zero-shot CLIP: the class names, written into hand-made sentences, are the classifier.
+
+Learning Transferable Visual Models From Natural Language Supervision; Radford et al., ICML 2021; arXiv
+2103.00020. The templates are those of the prompt-learning benchmark (CoOp, arXiv 2109.01134), which every
+later table calls "CLIP". No deviation.
+"""
+
+from promptkit.clip import zero_shot_features
+from promptkit.method import Method, expect, register
+from promptkit.train import Recipe
+
+
+@register
+class CLIP(Method):
+    r"""Score an image x by its cosine with a sentence about each class.
+
+    .. math:: p(y = c \mid x) \propto \exp(s \cos(f(x), w_c)), \qquad w_c = g(\text{"a photo of a [class
+    c]."})
+
+    An ensemble of templates is one class feature too: the mean of the normalised features, normalised again.
+
+    Args:
+        clip: the frozen backbone.
+        classnames: the C class names.
+        template: a sentence with "{}" in place of the class name, or several of them for an ensemble.
+
+    Raises:
+        InputError: there is no template, or one lacks "{}".
+    """
+
+    name = "clip"
+    title = "Zero-shot CLIP"
+    year = 2021
+    paper = "2103.00020"
+    kind = "zero-shot"
+    official_hyperparameters = {"template": "template", "dataset": None, "ensemble_templates": None}
+
+    def __init__(self, clip, classnames, *, template: str | list[str] = "a photo of a {}."):
+        super().__init__(clip, classnames)
+        templates = [template] if isinstance(template, str) else list(template)
+        fine = bool(templates) and all("{}" in t for t in templates)
+        expect(fine, "template", template, "one sentence or more, each with {} in place of the class name")
+        self.templates = templates
+
+    def aim(self, dataset):
+        """Take over the dataset's classes and, unless an ensemble was asked for, its template."""
+        if len(self.templates) == 1:
+            self.templates = [dataset.template]
+            self.hparams["template"] = dataset.template
+        super().aim(dataset)
+
+    def text_features(self, image_features=None):
+        return zero_shot_features(self.clip, self.classnames, self.templates)  # (C, E)
+
+    @classmethod
+    def recipe(cls, setting, host=None):
+        """Nothing is learned."""
+        return Recipe(epochs=0, augment=False)

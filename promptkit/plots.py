@@ -1,0 +1,246 @@
+"""The figures of the chapters; they read in black and white: markers, line styles and hatches beside hues."""
+
+from contextlib import contextmanager
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from promptkit.errors import InputError
+from promptkit.results import label, summarise
+
+MARKERS = "o s ^ D v P X <".split()
+LINES = ["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1))]
+HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
+PROBES = ("linear-probe", "linear_probe")
+
+
+@contextmanager
+def style():
+    """The look of every figure, as a context; nothing leaks into the caller's settings."""
+    with (
+        sns.axes_style("whitegrid"),
+        sns.plotting_context("notebook", font_scale=0.8),
+        sns.color_palette("colorblind"),
+    ):
+        with plt.rc_context({"legend.frameon": True, "hatch.linewidth": 0.6, "savefig.bbox": "tight"}):
+            yield
+
+
+def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=None, columns=4, level=0.95):
+    """Accuracy against shots: a panel for the average and one for each dataset.
+
+    A star at 0 shots marks the zero-shot method, dotted lines are linear probes, bars are intervals over
+    seeds.
+
+    Args:
+        runs: tidy rows of the few-shot protocol.
+        zero_shot: method drawn as the star.
+        datasets: the panels, in this order; all by default.
+        names: dict from method (or "method | options") to what the legend calls it.
+        columns: panels in a row.
+
+    Returns:
+        The matplotlib figure.
+    """
+    table = _table(runs, "few-shot", level)
+    panels = list(datasets or (d for d in table["dataset"].unique() if d != "average"))
+    panels = ["average", *panels] if len(panels) > 1 else panels
+    methods = [name for name in table["label"].unique() if name != zero_shot]
+    with style():
+        rows = -(-len(panels) // columns)
+        size = (3.1 * min(columns, len(panels)), 2.5 * rows + 0.5)
+        figure, axes = plt.subplots(
+            rows, min(columns, len(panels)), figsize=size, squeeze=False, layout="constrained"
+        )
+        colours = sns.color_palette("colorblind", len(methods))
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            cells = table[(table["dataset"] == panel) & (table["split"] == "all")]
+            looks = zip(methods, colours, cycle(MARKERS), cycle(LINES))
+            for name, colour, marker, line in looks:
+                curve = cells[cells["label"] == name].sort_values("shots")
+                line = ":" if name.split(" | ")[0] in PROBES else line
+                error = _errors(curve)
+                axis.errorbar(
+                    curve["shots"], curve["mean"], yerr=error, label=(names or {}).get(name, name),
+                    color=colour, marker=marker, linestyle=line, markersize=4.5, linewidth=1.4, capsize=2,
+                )  # fmt: skip
+            star = cells[cells["label"] == zero_shot]
+            if len(star):
+                text = (names or {}).get(zero_shot, f"{zero_shot} (zero-shot)")
+                axis.plot(
+                    0,
+                    star["mean"].iloc[0],
+                    "*",
+                    color="black",
+                    markersize=10,
+                    label=text,
+                    clip_on=False,
+                    zorder=5,
+                )
+            axis.set_title(_panel_title(panel, cells), fontweight="bold" if panel == "average" else "normal")
+            axis.set_xticks(sorted({0, *cells["shots"]}))
+            axis.set_xlabel("training images a class (shots)")
+            axis.set_ylabel("test accuracy (%)")
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        _legend_below(figure, axes.flat[0])
+    return figure
+
+
+def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95):
+    """Base, new and harmonic mean of each method side by side, with intervals over seeds and their numbers.
+
+    Args:
+        runs: tidy rows of the base-to-new protocol.
+        dataset: one dataset's name or "average".
+        names: dict from method (or "method | options") to what the axis calls it.
+    """
+    table = _table(runs, "base-to-new", level)
+    table = table[table["dataset"] == dataset]
+    if not len(table):
+        raise InputError(f"no base-to-new runs of dataset {dataset!r} to draw")
+    methods = list(table["label"].unique())
+    titles = {"base": "base classes", "new": "new classes", "hm": "harmonic mean"}
+    with style():
+        figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(methods), 3.4), layout="constrained")
+        shades = [sns.color_palette("colorblind")[i] for i in (0, 1, 7)]
+        for i, (split, title) in enumerate(titles.items()):
+            cells = table[table["split"] == split].set_index("label").reindex(methods)
+            x = np.arange(len(methods)) + 0.27 * (i - 1)
+            axis.bar(
+                x,
+                cells["mean"],
+                0.25,
+                color=shades[i],
+                alpha=0.6,
+                edgecolor="black",
+                hatch=HATCHES[i],
+                label=title,
+            )
+            axis.errorbar(
+                x, cells["mean"], yerr=_errors(cells), fmt="none", ecolor="black", capsize=3, linewidth=1
+            )
+            top = cells["mean"].where(cells["high"].isna(), cells["high"])
+            for at, height, value in zip(x, top, cells["mean"], strict=True):
+                if np.isfinite(value):
+                    axis.annotate(
+                        f"{value:.1f}",
+                        (at, height),
+                        (0, 2),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                    )
+        axis.set_ylim(0, 108)  # bars compare by their length, so they start at 0
+        axis.set_xticks(np.arange(len(methods)), [(names or {}).get(name, name) for name in methods])
+        axis.set_ylabel("test accuracy (%)")
+        axis.set_title(_panel_title(dataset, table))
+        axis.grid(axis="x", visible=False)
+        _legend_below(figure, axis)
+    return figure
+
+
+def image_grid(images, titles=None, columns=8, size=1.2):
+    """Images in rows.
+
+    Args:
+        images: (n, 3, H, W) uint8 tensor or array.
+        titles: n texts, or None.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"an image grid takes (n, 3, H, W) images, not {images.shape}")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    with style():
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(size * columns, (size + 0.25 * (titles is not None)) * rows),
+            squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
+            axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+            if titles is not None:
+                axis.set_title(titles[i], fontsize=7, pad=2)
+    return figure
+
+
+def loss_curve(losses, xlabel="step", ylabel="loss (nats)", smooth=1):
+    """Training loss against steps.
+
+    Args:
+        losses: list of numbers, or a dict from a curve's name to such a list.
+        smooth: width in steps of the running mean.
+    """
+    curves = losses if isinstance(losses, dict) else {"": losses}
+    with style():
+        figure, axis = plt.subplots(figsize=(5, 2.8), layout="constrained")
+        for (name, values), line, marker in zip(curves.items(), cycle(LINES), cycle(MARKERS)):
+            values = pd.Series(np.asarray(values, float)).rolling(smooth, min_periods=1).mean()
+            every = max(1, len(values) // 8)
+            axis.plot(
+                values.index + 1,
+                values,
+                linestyle=line,
+                marker=marker,
+                markevery=every,
+                markersize=4,
+                label=name,
+            )
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        if len(curves) > 1:
+            axis.legend()
+    return figure
+
+
+def similarity_map(matrix, rows, columns, title="", unit="cosine similarity", digits=2):
+    """A heat map with its numbers written in, e.g. of image features against class names.
+
+    Args:
+        matrix: (R, C) numbers; rows, columns: R and C labels.
+    """
+    matrix = np.asarray(matrix, float)
+    if matrix.shape != (len(rows), len(columns)):
+        raise InputError(
+            f"{matrix.shape} similarities do not match {len(rows)} rows and {len(columns)} columns"
+        )
+    with style():
+        figure, axis = plt.subplots(
+            figsize=(1.8 + 0.6 * len(columns), 1.2 + 0.38 * len(rows)), layout="constrained"
+        )
+        sns.heatmap(
+            matrix, annot=matrix.size <= 400, fmt=f".{digits}f", cmap="gray_r", xticklabels=columns,
+            yticklabels=rows, linewidths=0.5, cbar_kws={"label": unit}, annot_kws={"fontsize": 7}, ax=axis,
+        )  # fmt: skip
+        axis.set_title(title)
+        axis.tick_params(axis="x", rotation=45)
+        plt.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
+        axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def _table(runs, protocol, level):
+    runs = runs[runs["protocol"] == protocol]
+    if not len(runs):
+        raise InputError(f"no {protocol} runs to draw")
+    table = summarise(runs, level)
+    return table.assign(label=label(table))
+
+
+def _errors(cells):
+    """(2, n) distances from the mean to the ends of its interval; 0 where there is none."""
+    return np.nan_to_num(np.stack([cells["mean"] - cells["low"], cells["high"] - cells["mean"]])).clip(0)
+
+
+def _panel_title(panel, cells):
+    return f"average of {cells['datasets'].max()} datasets" if panel == "average" else panel
+
+
+def _legend_below(figure, axis):
+    handles, texts = axis.get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=min(4, len(texts)))

@@ -1,0 +1,48 @@
+"""The linear probe: logistic regression on frozen image features, the baseline of the few-shot figures.
+
+Zhou et al. 2022 (CoOp), section 4.1, after Radford et al. 2021: L-BFGS, L2 penalty, its strength chosen on min(shots, 4)
+validation images a class by a coarse grid and a binary search in log space.
+"""
+
+import warnings
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from promptkit.data import features
+
+
+def linear_probe(clip, dataset, steps: int = 8) -> float:
+    """Test accuracy in percent of a probe trained on `dataset.train`, its strength chosen on `dataset.val`.
+
+    Args:
+        clip (FrozenCLIP): gives the features, not normalised, as in the paper.
+        dataset (Dataset): usually a `few_shot` one.
+        steps: bisection steps after the grid 1e6, 1e4, ..., 1e-6.
+    """
+    parts = {}
+    for name in ("train", "val", "test"):
+        split = getattr(dataset, name)
+        parts[name] = features(clip, split).cpu().numpy(), split.labels.numpy()
+    scale = parts["train"][0].std()  # keeps L-BFGS well conditioned; the grid of C absorbs it
+
+    def fit(strength):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # far ends of the grid stop at the iteration limit
+            return LogisticRegression(C=strength, max_iter=1000).fit(parts["train"][0] / scale, parts["train"][1])
+
+    def accuracy(strength, part="val"):
+        x, y = parts[part]
+        return 100 * np.mean(fit(strength).predict(x / scale) == y)
+
+    grid = [float(10.0**e) for e in range(-6, 7, 2)]
+    scores = {c: accuracy(c) for c in grid}
+    peak = int(np.argmax([scores[c] for c in grid]))
+    low, high = grid[max(peak - 1, 0)], grid[min(peak + 1, len(grid) - 1)]
+    for _ in range(steps):
+        scores.update({c: accuracy(c) for c in (low, high) if c not in scores})
+        middle = float(np.sqrt(low * high))
+        low, high = (low, middle) if scores[low] >= scores[high] else (middle, high)
+    best = max(scores, key=scores.get)
+    return float(accuracy(best, "test"))

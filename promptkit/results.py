@@ -1,0 +1,496 @@
+"""Where runs are stored, what they add up to, what the papers report, and whether a claim holds.
+
+A run is one JSON file below the results folder, named after what it measured and a hash of its whole
+configuration: ``<results>/<protocol>/<method>-<dataset>-<shots>shot-seed<seed>-<hash>.json``. It is written
+to a temporary file and moved into place, so that a killed run leaves whole files or none. A run is looked up
+by that hash: any change of its configuration (hyperparameters, recipe, data, weights, code of the method)
+makes it another run.
+"""
+
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from promptkit.errors import InputError
+from promptkit.files import write_atomically
+
+TRANSFER = ("cross-dataset", "domain-generalization")  # protocols whose averages leave the source out
+SPLITS = ("base", "new", "hm", "all")
+# What tells two numbers apart; of several runs that agree in all of it, the newest is the one that counts.
+IDENTITY = [
+    "method",
+    "options",
+    "protocol",
+    "dataset",
+    "target",
+    "split",
+    "metric",
+    "shots",
+    "seed",
+    "profile",
+    "model",
+]
+COLUMNS = [
+    *IDENTITY,
+    "value",
+    "hash",
+    "device",
+    "seconds",
+    "promptkit",
+    "torch",
+    "open_clip",
+    "python",
+    "created",
+]
+
+
+# --- one run, one file --------------------------------------------------------------------------------------
+
+
+def results_dir(path=None) -> Path:
+    """The results folder: ``path``, else the environment variable PROMPTKIT_RESULTS, else ``./results``."""
+    return Path(path or os.environ.get("PROMPTKIT_RESULTS") or "results")
+
+
+def config_hash(config: dict) -> str:
+    """First 16 hex digits of the SHA-256 of a configuration, independent of the order of its keys."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_text(path, text: str) -> Path:
+    """Write a text file so that readers, and a killed process, see the whole of it or none."""
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def run_path(config: dict, root=None) -> Path:
+    """The file of a run with this configuration."""
+    name = "{method}-{dataset}-{shots}shot-seed{seed}".format(**config)
+    name = re.sub(r"[^\w.+-]+", "_", name).strip("_")
+    return results_dir(root) / config["protocol"] / f"{name}-{config_hash(config)}.json"
+
+
+def save_run(record: dict, root=None) -> Path:
+    """Store a run.
+
+    Args:
+        record: ``config`` (everything that its hash is made of), ``rows`` (a dict a measured number: target,
+            split, metric, value), and what is worth knowing beside them: versions, device, seconds, losses.
+        root: results folder, see :func:`results_dir`.
+    """
+    record = {"format": 1, "hash": config_hash(record["config"]), **record}
+    return write_text(run_path(record["config"], root), json.dumps(record, indent=1, default=str) + "\n")
+
+
+def read_run(path) -> dict:
+    """Read one run's file.
+
+    Raises:
+        InputError: it is not a whole and untouched run; the text names the file and the remedy.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = record["rows"]
+        if record["hash"] != config_hash(record["config"]):
+            raise ValueError("its configuration does not match its hash")
+        if not rows or not all(math.isfinite(row["value"]) and row["split"] in SPLITS for row in rows):
+            raise ValueError("it holds no usable numbers")
+        for key in ("versions", "device", "seconds", "created"):
+            record[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"damaged result file {path} ({reason}); delete it and run again") from None
+    return record
+
+
+def find_run(config: dict, root=None) -> dict | None:
+    """The stored run of a configuration, or None; a damaged file warns and counts as none: run it again."""
+    path = run_path(config, root)
+    if not path.exists():
+        return None
+    try:
+        return read_run(path)
+    except InputError as error:
+        warnings.warn(f"{error}: running it again now", stacklevel=2)
+        return None
+
+
+def run_rows(record: dict) -> pd.DataFrame:
+    """A run as tidy rows, one a measured number, with the columns ``COLUMNS``; accuracies are in percent."""
+    config = record["config"]
+    options = ", ".join(f"{key}={value}" for key, value in sorted(config.get("overrides", {}).items()))
+    shared = {
+        key: config[key] for key in ("method", "protocol", "dataset", "shots", "seed", "profile", "model")
+    }
+    shared |= {"options": options, **{key: record[key] for key in ("hash", "device", "seconds", "created")}}
+    rows = [shared | record["versions"] | row for row in record["rows"]]
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def load_results(root=None, **filters) -> pd.DataFrame:
+    """All stored runs as one table of tidy rows.
+
+    Where several runs measured the same thing under configurations that differ (another version of the code
+    or of the recipe), the newest alone is kept.
+
+    Args:
+        root: results folder, see :func:`results_dir`.
+        filters: column=value or column=[values] to keep, e.g. ``method=["clip", "coop"]``.
+
+    Raises:
+        InputError: a file is damaged; the text names it.
+    """
+    paths = sorted(results_dir(root).glob("*/*shot-seed*.json"))
+    return newest([run_rows(read_run(path)) for path in paths]).pipe(_filtered, filters)
+
+
+def newest(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Join tables of rows and keep the newest of each measurement."""
+    tables = [table for table in tables if len(table)]
+    if not tables:
+        return pd.DataFrame(columns=COLUMNS)
+    rows = pd.concat(tables, ignore_index=True).sort_values("created", kind="stable")
+    return rows.drop_duplicates(IDENTITY, keep="last").sort_values(IDENTITY, kind="stable", ignore_index=True)
+
+
+def _filtered(rows, filters):
+    for column, wanted in filters.items():
+        if column not in rows:
+            raise InputError(f"no column {column!r} to filter by; there are {', '.join(rows.columns)}")
+        rows = rows[rows[column].isin([wanted] if np.isscalar(wanted) else list(wanted))]
+    return rows.reset_index(drop=True)
+
+
+# --- means and intervals ------------------------------------------------------------------------------------
+
+
+def harmonic_mean(base, new):
+    """2 b n / (b + n), of numbers or of arrays; 0 where both are 0."""
+    base, new = np.asarray(base, float), np.asarray(new, float)
+    total = base + new
+    return np.divide(2 * base * new, total, out=np.zeros_like(total), where=total != 0)[()]
+
+
+def interval(values, level=0.95) -> tuple[float, float, float]:
+    """Mean and two-sided Student t interval of independent values: ``(mean, low, high)``.
+
+    Fewer than two values have no interval: low and high are NaN.
+    """
+    if not 0 < level < 1:
+        raise InputError(f"the level of an interval lies between 0 and 1, not {level}")
+    values = np.asarray(list(values), float)
+    if len(values) == 0:
+        return math.nan, math.nan, math.nan
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
+    """Means over seeds with intervals, one row for each method, dataset, target, split and number of shots.
+
+    The conventions of the benchmark: the harmonic mean of a dataset is that of its seed-averaged base and new
+    accuracies; in the row ``dataset="average"`` base and new are averaged over the datasets first and "hm" is
+    the harmonic mean of the two averages (``hm_of_tasks`` is the mean of the datasets' harmonic means, which
+    a few papers report in its place). Averages of cross-dataset and domain-generalization leave the source
+    out. Intervals are over seeds: each seed gives one value, for the average row its own average over the
+    datasets.
+
+    Returns:
+        Columns method, options, protocol, profile, model, shots, dataset, target, split, mean, low, high,
+        seeds, datasets. In an average row only seeds that cover every dataset enter the interval.
+    """
+    keys = ["method", "options", "protocol", "profile", "model", "shots"]
+    columns = [*keys, "dataset", "target", "split", "mean", "low", "high", "seeds", "datasets"]
+    out = []
+    for group, rows in runs.groupby(keys, sort=False, dropna=False):
+        head = dict(zip(keys, group, strict=True))
+        cells = rows.pivot_table(index="seed", columns=["dataset", "target", "split"], values="value")
+        for dataset, target in dict.fromkeys((d, t) for d, t, _ in cells.columns):
+            cell = cells[dataset][target]
+            out += [
+                head | {"dataset": dataset, "target": target, "datasets": 1} | row
+                for row in _cells(cell, level)
+            ]
+        if average:
+            for dataset, row in _average(cells, head["protocol"], level):
+                out.append(head | {"dataset": dataset, "target": "average"} | row)
+    return pd.DataFrame(out, columns=columns)
+
+
+def _cells(cell, level):
+    """Rows for one dataset; ``cell`` has a row a seed and a column a split."""
+    for split in (split for split in SPLITS if split in cell):
+        values = cell[split].dropna()
+        mean, low, high = interval(values, level)
+        if split == "hm" and {"base", "new"} <= set(cell):
+            mean = float(harmonic_mean(cell["base"].mean(), cell["new"].mean()))
+        yield {"split": split, "mean": mean, "low": low, "high": high, "seeds": len(values)}
+
+
+def _average(cells, protocol, level):
+    """Rows of the average over datasets or, for a protocol with targets, over the targets of each source."""
+    names = cells.columns.to_frame(index=False)
+    if protocol in TRANSFER:
+        groups = [
+            (source, names[(names.dataset == source) & (names.target != source)])
+            for source in names.dataset.unique()
+        ]
+    else:
+        groups = [("average", names)]
+    for dataset, members in groups:
+        count = members["target"].nunique()
+        if not count:
+            continue
+        by_split = cells[list(members.itertuples(index=False, name=None))].T.groupby(
+            level="split", sort=False
+        )
+        over_seeds = by_split.apply(
+            lambda part: part.mean(axis=1).mean()
+        )  # as the papers: every number there is
+        complete = by_split.apply(
+            lambda part: part.mean(axis=0).where(part.notna().all())
+        ).T.dropna()  # a row a seed
+        table = complete.copy()
+        means = over_seeds.to_dict()
+        if {"base", "new"} <= set(means):
+            table["hm_of_tasks"], means["hm_of_tasks"] = complete["hm"], means["hm"]
+            table["hm"], means["hm"] = (harmonic_mean(x["base"], x["new"]) for x in (complete, means))
+        for split in (*SPLITS, "hm_of_tasks"):
+            if split in means:
+                _, low, high = interval(table[split], level)
+                yield dataset, {
+                    "split": split, "mean": float(means[split]), "low": low, "high": high,
+                    "seeds": len(table), "datasets": count,
+                }  # fmt: skip
+
+
+# --- the papers' own numbers --------------------------------------------------------------------------------
+
+
+def paper_numbers(**filters) -> pd.DataFrame:
+    """What the papers report, with paper (arXiv id) and table.
+
+    ``metric`` is "base", "new", "hm" or "accuracy", values in percent. In cross-dataset and
+    domain-generalization rows ``dataset`` is the target; the source is ImageNet. ``dataset="average"`` rows
+    are the averages that the paper prints.
+
+    Args:
+        filters: column=value or column=[values] to keep.
+
+    Returns:
+        Columns paper, table, method, protocol, dataset, metric, shots, backbone, value.
+    """
+    with resources.files("promptkit").joinpath("assets/papers.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file, dtype={"paper": str}).pipe(_filtered, filters)
+
+
+def compare(runs: pd.DataFrame, papers: pd.DataFrame | None = None, level=0.95, how="left") -> pd.DataFrame:
+    """Our means beside the papers' numbers, joined by method, protocol, dataset (or target), split and shots.
+
+    Args:
+        runs: tidy rows of runs (averages are made here, so that average rows meet average rows).
+        papers: rows of :func:`paper_numbers`; all by default.
+        how: "left" keeps every number of ours, "inner" those that a paper reports too.
+
+    Returns:
+        Columns of :func:`summarise` and ``reported``, ``difference`` (ours - reported), ``paper``, ``table``,
+        ``backbone``.
+    """
+    ours = summarise(runs, level)
+    papers = paper_numbers() if papers is None else papers
+    papers = papers.assign(split=papers["metric"].replace("accuracy", "all"), target=papers["dataset"])
+    papers = papers.rename(columns={"value": "reported"}).drop(columns=["metric", "dataset"])
+    joined = ours.merge(papers, on=["method", "protocol", "target", "split", "shots"], how=how)
+    return joined.assign(difference=joined["mean"] - joined["reported"])
+
+
+# --- claims -------------------------------------------------------------------------------------------------
+
+
+def differences(runs: pd.DataFrame, a: str, b: str, split: str | None = None, average=False) -> pd.Series:
+    """Paired differences ``a - b`` of two methods on the same task, target, split, shots and seed.
+
+    A method that has neither shots nor a seed (zero-shot CLIP) is paired with every run of the other.
+
+    Args:
+        runs: tidy rows; ``a`` and ``b`` are names in its column ``method``, or ``"method | options"``.
+        split: keep one of "base", "new", "hm", "all".
+        average: average over the tasks first ("hm" as the harmonic mean of the averages, sources of a
+            transfer left out): one difference a seed and number of shots, for claims about the average over
+            exactly these tasks.
+
+    Raises:
+        InputError: a method has no rows, has several for one measurement, or nothing of the two is paired.
+    """
+    left, right = _side(runs, a), _side(runs, b)
+    if _unseeded(right) and not _unseeded(left):
+        right = right.drop(columns=["shots", "seed"])
+    elif _unseeded(left) and not _unseeded(right):
+        left = left.drop(columns=["shots", "seed"])
+    keys = [key for key in left if key in right and key != "value"]
+    pairs = left.merge(right, on=keys, suffixes=("_a", "_b"))
+    if average:
+        pairs = _average_pairs(pairs)
+    if split is not None:
+        pairs = pairs[pairs["split"] == split]
+    if not len(pairs):
+        raise InputError(
+            f"nothing was measured for both {a!r} and {b!r} on the same task"
+            + (f" ({split})" if split else "")
+        )
+    pairs = pairs.set_index(["protocol", "dataset", "target", "split", "shots", "seed"]).sort_index()
+    return (pairs["value_a"] - pairs["value_b"]).rename(f"{a} - {b}")
+
+
+def label(runs: pd.DataFrame) -> pd.Series:
+    """What tables and figures call a row's method: its name, and the options that were given to it if any."""
+    options = runs["options"].fillna("").astype(str)
+    return runs["method"].where(options == "", runs["method"] + " | " + options)
+
+
+def _side(runs, name):
+    names = label(runs)
+    rows = runs[names == name]
+    rows = rows if len(rows) else runs[runs["method"] == name]
+    if not len(rows):
+        raise InputError(
+            f"no runs of {name!r} to compare; there are {', '.join(sorted(set(names))) or 'none at all'}"
+        )
+    keys = ["protocol", "dataset", "target", "split", "shots", "seed"]
+    if rows.duplicated(keys).any():
+        raise InputError(
+            f"several runs of {name!r} measure the same; name one as 'method | options', or filter the rows"
+        )
+    return rows[[*keys, "value"]]
+
+
+def _unseeded(side):
+    return bool((side["shots"] == 0).all())
+
+
+def _average_pairs(pairs):
+    transfer = pairs["protocol"].isin(TRANSFER)
+    pairs = pairs[~transfer | (pairs["dataset"] != pairs["target"])]
+    groups = pairs.groupby(["protocol", "shots", "seed", "split"])[["value_a", "value_b"]]
+    means, count = groups.mean(), groups.size()
+    means = means[
+        count == count.groupby(level=["protocol", "shots", "split"]).transform("max")
+    ]  # complete seeds alone
+    wide = means.unstack("split")
+    for side in ("value_a", "value_b"):
+        if {"base", "new"} <= set(wide[side]):
+            wide[side, "hm"] = harmonic_mean(wide[side, "base"], wide[side, "new"])
+    means = wide.stack("split", future_stack=True).dropna().reset_index()
+    return means.assign(dataset="average", target="average")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of a paper and what the runs say about it; made by :func:`check_claim`."""
+
+    text: str
+    verdict: str  # "holds", "does not hold" or "undecided"
+    estimate: float  # mean difference, in the units of the differences (percentage points)
+    low: float
+    high: float
+    n: int
+    criterion: str
+    level: float = 0.95
+
+    def row(self) -> dict:
+        """The claim as a row of a table."""
+        return asdict(self)
+
+    def measured(self) -> str:
+        """Estimate and interval in words, e.g. ``+8.1 [+6.9, +9.3], 95 % interval, n = 3``."""
+        interval = f" [{self.low:+.1f}, {self.high:+.1f}], {self.level:.0%} interval"
+        return f"{self.estimate:+.1f}{', no interval' if math.isnan(self.low) else interval}, n = {self.n}"
+
+    def __str__(self):
+        return f"{self.verdict.upper()}: {self.text} (asked: {self.criterion}; measured: {self.measured()})"
+
+    def _repr_html_(self):
+        line = {"holds": "solid", "does not hold": "double", "undecided": "dashed"}[self.verdict]
+        details = html.escape(f"asked: {self.criterion}; measured: {self.measured()}")
+        return (
+            f'<div style="border-left: 6px {line} #555; padding: .2em .8em; margin: .4em 0">'
+            f"<strong>{self.verdict}</strong>: {html.escape(self.text)}<br><small>{details}</small></div>"
+        )
+
+
+def check_claim(text: str, differences, at_least=0.0, within: float | None = None, level=0.95) -> Claim:
+    """Decide a claim about a mean difference by its confidence interval.
+
+    "A beats B by d or more" holds when the whole interval of A - B lies above d, does not hold when it lies
+    below d, and is undecided in between or with fewer than two differences. With ``within`` the claim is "A
+    is near B": it holds when the interval lies inside +-within and does not when it lies outside.
+
+    Args:
+        text: the claim, as a sentence.
+        differences: paired differences, independent of each other: one a seed, or one a task and seed; see
+            :func:`differences`.
+        at_least: d, in the units of the differences.
+        within: half-width of "near"; replaces ``at_least``.
+
+    Raises:
+        InputError: there are no differences, or one is not a finite number.
+    """
+    values = np.asarray(list(differences), float)
+    if not len(values) or not np.isfinite(values).all():
+        raise InputError(f"the claim {text!r} needs finite differences, not {values.tolist()[:5]}")
+    mean, low, high = interval(values, level)
+    if within is not None:
+        holds, fails = (-within < low and high < within), (low > within or high < -within)
+        criterion = f"within {within:g} points"
+    else:
+        holds, fails = low > at_least, high < at_least
+        criterion = f"at least {at_least:+g} points" if at_least else "more than 0"
+    verdict = "holds" if holds else "does not hold" if fails else "undecided"
+    return Claim(text, verdict, mean, low, high, len(values), criterion, level)
+
+
+def claims_table(claims: Iterable[Claim]) -> pd.DataFrame:
+    """Claims as a table for a notebook: claim, asked, measured, verdict."""
+    rows = [
+        {"claim": c.text, "asked": c.criterion, "measured": c.measured(), "verdict": c.verdict}
+        for c in claims
+    ]
+    return pd.DataFrame(rows, columns=["claim", "asked", "measured", "verdict"])
+
+
+def save_claims(chapter: str, claims: Iterable[Claim], root=None) -> Path:
+    """Keep a chapter's claims in the results folder, for the page that collects those of all chapters."""
+    rows = [claim.row() for claim in claims]
+    return write_text(results_dir(root) / "claims" / f"{chapter}.json", json.dumps(rows, indent=1) + "\n")
+
+
+def load_claims(root=None) -> dict[str, list[Claim]]:
+    """Chapter -> its claims, as stored by :func:`save_claims`.
+
+    Raises:
+        InputError: a file is damaged; the text names it.
+    """
+    claims = {}
+    for path in sorted((results_dir(root) / "claims").glob("*.json")):
+        try:
+            claims[path.stem] = [Claim(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"damaged claims file {path} ({error}); delete it and run the chapter again"
+            ) from None
+    return claims

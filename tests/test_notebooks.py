@@ -1,0 +1,90 @@
+"""Every chapter: what is committed is executed and complete, and it runs anew in the `smoke` profile."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from papermill.parameterize import parameterize_notebook
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def is_executed_once_from_top_to_bottom(notebook, path):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)), f"execution counts {counts}"
+
+
+def has_no_error_output(notebook, path):
+    errors = [out for cell in code_cells(notebook) for out in cell.outputs if out.output_type == "error"]
+    assert not errors, errors[0].evalue
+
+
+def shows_figures(notebook, path):
+    outputs = [out for cell in code_cells(notebook) for out in cell.outputs]
+    assert any({"image/png", "image/svg+xml"} & set(out.get("data", {})) for out in outputs)
+
+
+def has_title(notebook, path):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and re.match(r"(\([\w-]+\)=\n)?# \S", first.source)
+
+
+def sets_up_colab_first(notebook, path):
+    source = code_cells(notebook)[0].source
+    for words in ("import promptkit", "except ImportError", "%pip install", "github.com/promptkit/promptkit"):
+        assert words in source, f"the first code cell lacks {words!r}"
+
+
+def has_parameters(notebook, path):
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    parameters = papermill.inspect_notebook(path)
+    assert parameters["profile"]["default"].strip("'\"") == "mini", "the committed run is the `mini` profile"
+
+
+def ends_with_the_full_run(notebook, path):
+    last = notebook.cells[-1]
+    assert last.cell_type == "markdown" and re.search(r"PROFILE=full|--profile full", last.source)
+
+
+CHECKS = [
+    is_executed_once_from_top_to_bottom,
+    has_no_error_output,
+    shows_figures,
+    has_title,
+    sets_up_colab_first,
+    has_parameters,
+    ends_with_the_full_run,
+]
+
+
+@chapters
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_committed_notebook(path, check):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    check(notebook, path)
+
+
+@chapters
+def test_runs_in_the_smoke_profile(path, tmp_path):
+    """nbmake runs a copy whose parameters say `smoke`; what the run stores stays in a temporary folder."""
+    parameters = {"profile": "smoke"}
+    if "output" in papermill.inspect_notebook(path):
+        parameters["output"] = str(tmp_path / "output")
+    notebook = parameterize_notebook(nbformat.read(path, as_version=4), parameters)
+    nbformat.write(notebook, tmp_path / path.name)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # not this project's options
+    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=240", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, path.name], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -1,0 +1,125 @@
+"""The figures: what they show, and that they do without colour; the playground."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from test_results import base_new, record, table
+
+from promptkit.errors import InputError
+from promptkit.plots import base_new_bars, few_shot_curves, image_grid, loss_curve, similarity_map
+from promptkit.widgets import Playground
+
+
+@pytest.fixture(autouse=True)
+def close():
+    before = dict(matplotlib.rcParams)
+    yield
+    assert dict(matplotlib.rcParams) == before  # styles do not leak
+    plt.close("all")
+
+
+def few_shot_runs():
+    runs = [
+        record(method, d, s, "few-shot", shots=n, all=50 + n + s)
+        for method in ("coop", "kgcoop", "linear-probe") for d in ("pets", "cars")
+        for n in (1, 4, 16) for s in (1, 2, 3)
+    ]  # fmt: skip
+    return table(*runs, *(record("clip", d, 0, "few-shot", shots=0, all=55) for d in ("pets", "cars")))
+
+
+def test_few_shot_curves():
+    figure = few_shot_curves(few_shot_runs(), names={"coop": "CoOp"})
+    panels = [axis for axis in figure.axes if axis.axison]
+    assert [axis.get_title() for axis in panels] == ["average of 2 datasets", "cars", "pets"]
+    assert all(axis.get_xlabel() and "%" in axis.get_ylabel() for axis in panels)
+    handles, texts = panels[0].get_legend_handles_labels()
+    assert set(texts) == {"CoOp", "kgcoop", "linear-probe", "clip (zero-shot)"}
+    lines = {
+        text: handle.lines[0] if hasattr(handle, "lines") else handle
+        for handle, text in zip(handles, texts, strict=True)
+    }
+    assert lines["clip (zero-shot)"].get_marker() == "*" and lines["clip (zero-shot)"].get_xdata()[0] == 0
+    assert lines["linear-probe"].get_linestyle() == ":"
+    looks = {(line.get_marker(), line.get_linestyle()) for line in lines.values()}
+    assert len(looks) == 4  # told apart without colour
+    figure.canvas.draw()
+
+
+def test_one_dataset_needs_no_average():
+    figure = few_shot_curves(few_shot_runs(), datasets=["pets"])
+    assert [axis.get_title() for axis in figure.axes] == ["pets"]
+
+
+def test_base_new_bars():
+    runs = table(
+        *(base_new(80 + s, 60, seed=s) for s in (1, 2, 3)), base_new(70, 65, method="clip", seed=0, shots=0)
+    )
+    figure = base_new_bars(runs, names={"clip": "CLIP"})
+    (axis,) = figure.axes
+    assert {t.get_text() for t in axis.get_xticklabels()} == {"CLIP", "coop"} and "%" in axis.get_ylabel()
+    assert len({bar.get_hatch() for bar in axis.patches}) == 3
+    assert {t.get_text() for t in axis.texts} >= {"82.0", "60.0", "70.0", "65.0"}
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("draw", [few_shot_curves, base_new_bars])
+def test_nothing_to_draw(draw):
+    with pytest.raises(InputError, match="runs to draw"):
+        draw(table(record(protocol="cross-dataset", dataset="mini", pets=60)))
+
+
+def test_image_grid():
+    images = np.random.default_rng(0).integers(0, 255, (10, 3, 8, 8), dtype=np.uint8)
+    figure = image_grid(images, [str(i) for i in range(10)], columns=4)
+    assert len(figure.axes) == 12 and figure.axes[9].get_title() == "9"
+    with pytest.raises(InputError, match=r"\(n, 3, H, W\)"):
+        image_grid(images[0])
+
+
+def test_loss_curve():
+    figure = loss_curve({"CoOp": [3, 2, 1], "KgCoOp": [3, 2.5, 2]}, smooth=2)
+    (axis,) = figure.axes
+    assert axis.lines[0].get_ydata().tolist() == [3, 2.5, 1.5] and "nats" in axis.get_ylabel()
+    assert axis.lines[0].get_linestyle() != axis.lines[1].get_linestyle() and axis.get_legend()
+    loss_curve([3, 2, 1])
+
+
+def test_similarity_map():
+    figure = similarity_map(np.eye(3), list("abc"), list("xyz"), "features")
+    assert figure.axes[0].get_title() == "features" and figure.axes[1].get_ylabel() == "cosine similarity"
+    assert [t.get_text() for t in figure.axes[0].texts][:2] == ["1.00", "0.00"]
+    with pytest.raises(InputError, match="do not match"):
+        similarity_map(np.eye(3), list("ab"), list("xyz"))
+
+
+def playground():
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    asked = []
+
+    def classify(index, names, template):
+        asked.append((index, names, template))
+        return [0.9, *[0.1 / (len(names) - 1)] * (len(names) - 1)]
+
+    return Playground(classify, images, ["first", "second"], ["pug", "cat & dog"]), asked
+
+
+def test_playground_answers_its_controls():
+    widget, asked = playground()
+    widget.choice.value = 1
+    widget.names.value = "van, teapot, pug"
+    widget.template.value = "a sketch of a {}."
+    assert asked[-1] == (1, ["van", "teapot", "pug"], "a sketch of a {}.")
+    assert "90.0% van" in widget.view.value
+    widget.template.value = "no place"
+    assert "needs {}" in widget.view.value
+
+
+def test_playground_is_static_html_without_a_kernel():
+    widget, _ = playground()
+    bundle = widget._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert "cat &amp; dog" in bundle["text/html"] and "data:image/png;base64," in bundle["text/html"]

@@ -1,0 +1,376 @@
+"""The four protocols, grids of runs, stored results and tuning, on a tiny random CLIP and toy images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from promptkit import protocols
+from promptkit.clip import FrozenCLIP
+from promptkit.data import Dataset, Split
+from promptkit.errors import InputError
+from promptkit.method import load_method
+from promptkit.protocols import (
+    Run,
+    SweepError,
+    base_to_new,
+    cross_dataset,
+    execute,
+    few_shot,
+    prepare,
+    sweep,
+    tune,
+)
+from promptkit.results import COLUMNS, harmonic_mean, load_results, read_run
+
+NAMES = ["red square", "green_circle", "blue star", "teapot", "pug", "van"]
+QUICK = {"epochs": 2, "batch_size": 8, "n_ctx": 2, "init": "", "progress": False}
+
+
+@cache
+def tiny():
+    """A CLIP of two blocks a tower with random weights."""
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    return FrozenCLIP(open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text), name="tiny")
+
+
+@cache
+def toy(name="toy", each=6):
+    """Noise around one colour a class; its three splits hold different images."""
+    generator = torch.Generator().manual_seed(len(name))
+    colours = torch.randint(0, 256, (len(NAMES), 3, 2, 2), generator=generator).float()
+
+    def split(part):
+        labels = torch.arange(len(NAMES)).repeat_interleave(each)
+        noise = 30 * torch.randn(len(labels), 3, 16, 16, generator=generator)
+        pixels = (F.interpolate(colours, (16, 16))[labels] + noise).clamp(0, 255).to(torch.uint8)
+        return Split(labels, lambda: pixels, torch.arange(len(labels)), f"{name}-{part}-{each}")
+
+    return Dataset(name, name, NAMES, "a photo of a {}.", split("train"), split("val"), split("test"))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_few_shot_rows_hold_everything(folder):
+    rows = few_shot("coop", toy(), 4, seed=3, clip=tiny(), **QUICK)
+    assert list(rows.columns) == COLUMNS and len(rows) == 1
+    row = rows.iloc[0]
+    assert (row.method, row.protocol, row.dataset, row.target, row.split) == (
+        "coop",
+        "few-shot",
+        "toy",
+        "toy",
+        "all",
+    )
+    assert (row.shots, row.seed, row.metric, row.profile, row.model) == (4, 3, "accuracy", "mini", "tiny")
+    assert 0 <= row.value <= 100 and row.seconds > 0 and row.device == "cpu"
+    assert (
+        row.torch.startswith(torch.__version__.split("+")[0])
+        and row.open_clip
+        and row.python
+        and row.promptkit
+    )
+    assert row.options == "batch_size=8, epochs=2, init=, n_ctx=2"
+    (path,) = files(folder)
+    assert row.hash in path.name and len(read_run(path)["training"]["losses"]) == 2 * (24 // 8)
+    assert load_results().equals(rows)
+
+
+def test_same_seed_same_bits_and_another_draw_by_another():
+    runs = [few_shot("coop", toy(), 2, s, clip=tiny(), results=False, **QUICK).value[0] for s in (1, 1)]
+    assert runs[0] == runs[1]
+    drawn = [
+        prepare(Run("few-shot", "coop", toy(), seed=s, shots=2, clip=tiny())).training_set() for s in (1, 2)
+    ]
+    assert drawn[0].train.rows.tolist() != drawn[1].train.rows.tolist()
+
+
+def test_base_to_new_splits_and_harmonic_mean(folder):
+    rows = base_to_new("coop", toy(), 4, clip=tiny(), **QUICK).set_index("split").value
+    assert rows["hm"] == pytest.approx(harmonic_mean(rows["base"], rows["new"]))
+    plan = prepare(Run("base-to-new", "coop", toy(), shots=4, clip=tiny()))
+    base, everything = (
+        plan.training_set(),
+        prepare(Run("few-shot", "coop", toy(), shots=4, clip=tiny())).training_set(),
+    )
+    assert base.classnames == NAMES[:3] and len(base.train) == 12
+    drawn_for_base = everything.train.rows[everything.train.labels < 3]
+    assert base.train.rows.tolist() == drawn_for_base.tolist()  # drawn before the classes are selected
+
+
+def test_zero_shot_has_neither_shots_nor_seed(folder):
+    rows = sweep("base-to-new", ["clip"], [toy()], seeds=[1, 2, 3], shots=[1, 4], clip=tiny(), progress=False)
+    assert len(files(folder)) == 1 and set(rows.shots) == {0} and set(rows.seed) == {0}
+    again = base_to_new(
+        "clip", toy(), 16, 9, clip=tiny(), epochs=7, max_steps=3
+    )  # nothing of which concerns it
+    assert again.hash[0] == rows.hash[0] and len(files(folder)) == 1
+
+
+def test_transfer_protocols_share_their_training(folder, monkeypatch):
+    trainings = []
+    monkeypatch.setattr(
+        protocols, "fit", lambda *a, fit=protocols.fit, **k: trainings.append(1) or fit(*a, **k)
+    )
+    shifts = [toy("toy-v2"), toy("toy-sketch")]
+    monkeypatch.setattr(protocols, "_shifts", lambda dataset: shifts)
+    rows = cross_dataset("coop", toy(), [toy("other"), toy("third")], 2, clip=tiny(), **QUICK)
+    assert rows.target.tolist() == ["toy", "other", "third"] and set(rows.dataset) == {"toy"}
+    moved = protocols.domain_generalization("coop", toy(), 2, clip=tiny(), **QUICK)
+    assert moved.target.tolist() == ["toy", "toy-v2", "toy-sketch"]
+    assert len(trainings) == 1 and moved.value[0] == rows.value[0]
+    (shared,) = folder.glob("trained/*.safetensors")
+    shared.write_bytes(shared.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="training again"):
+        cross_dataset("coop", toy(), [toy("other")], 2, clip=tiny(), **QUICK)
+    assert len(trainings) == 2
+
+
+def test_what_is_stored_is_not_run_again(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(protocols, "fit", lambda *a, fit=protocols.fit, **k: calls.append(1) or fit(*a, **k))
+    arguments = ("few-shot", ["clip", "coop", ("coop", {"n_ctx": 3})], [toy()], [1, 2], [2])
+    quick = {"clip": tiny(), "progress": False, "overrides": {}}
+    methods = [("coop", {"n_ctx": n, "init": "", "epochs": 1}) for n in (2, 3)]
+    first = sweep(*arguments[:1], ["clip", *methods], *arguments[2:], **quick)
+    assert len(calls) == 5 and len(first) == 5  # clip once, two variants of CoOp by two seeds
+    stamps = {path: path.stat().st_mtime_ns for path in files(folder)}
+    second = sweep(*arguments[:1], ["clip", *methods], *arguments[2:], **quick)
+    assert second.equals(first) and len(calls) == 5
+    assert stamps == {path: path.stat().st_mtime_ns for path in files(folder)}
+    sweep(*arguments[:1], [methods[0]], *arguments[2:], force=True, **quick)
+    assert len(calls) == 7 and len(files(folder)) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"shots": 3},
+        {"lr": 0.1},
+        {"n_ctx": 3},
+        {"epochs": 1},
+        {"profile": "smoke"},
+        {"max_steps": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_configuration_is_another_run(change):
+    def configuration(**more):
+        options = {"shots": 2, "seed": 1, "clip": tiny()} | QUICK | more
+        options.pop("progress")
+        return protocols.config_hash(
+            protocols.grid("few-shot", "coop", toy(), options.pop("seed"), **options)[0].config
+        )
+
+    assert configuration() == configuration() != configuration(**change)
+
+
+def test_code_and_weights_and_images_belong_to_the_configuration(monkeypatch):
+    plan = prepare(Run("few-shot", "coop", toy(), clip=tiny()))
+    assert plan.config["clip"]["fingerprint"] == tiny().fingerprint
+    assert (
+        plan.config["images"]["toy"]
+        != prepare(Run("few-shot", "coop", toy(each=7), clip=tiny())).config["images"]["toy"]
+    )
+    source = protocols.inspect.getsource
+    protocols._code.cache_clear()
+    monkeypatch.setattr(
+        protocols.inspect, "getsource", lambda m: source(m).replace('"""CoOp:', '"""Other words:')
+    )
+    assert protocols._code("coop") == plan.config["code"]  # a docstring changes no number
+    protocols._code.cache_clear()
+    monkeypatch.setattr(
+        protocols.inspect, "getsource", lambda m: source(m).replace("n_ctx: int = 16", "n_ctx: int = 8")
+    )
+    assert protocols._code("coop") != plan.config["code"]
+    protocols._code.cache_clear()
+
+
+def test_damaged_file_is_reported_and_run_again(folder):
+    first = few_shot("coop", toy(), 2, clip=tiny(), **QUICK)
+    (path,) = files(folder)
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(InputError, match=path.name):
+        load_results()
+    with pytest.warns(UserWarning, match=f"damaged result file .*{path.name}.*again"):
+        second = few_shot("coop", toy(), 2, clip=tiny(), **QUICK)
+    assert second.value[0] == first.value[0] and load_results().value[0] == first.value[0]
+
+
+def test_failed_run_does_not_stop_the_others(folder, monkeypatch):
+    def fit(method, dataset, recipe, seed, fit=protocols.fit, **options):
+        if seed == 1:
+            raise MemoryError("not enough")
+        return fit(method, dataset, recipe, seed, **options)
+
+    monkeypatch.setattr(protocols, "fit", fit)
+    with pytest.raises(
+        SweepError, match="1 of 2 runs failed.*coop on toy, 2 shots, seed 1: MemoryError: not enough"
+    ):
+        sweep("few-shot", "coop", toy(), [1, 2], [2], clip=tiny(), **QUICK)
+    assert load_results().seed.tolist() == [2]
+
+
+def test_save_keeps_the_trained_method(tmp_path):
+    rows = few_shot("coop", toy(), 2, clip=tiny(), save=tmp_path / "coop.safetensors", **QUICK)
+    method = load_method(tmp_path / "coop.safetensors", tiny())
+    assert protocols.accuracy(method, toy().test) == rows.value[0]
+
+
+def test_checkpoint_of_a_full_run_is_removed_when_done(folder):
+    few_shot("coop", toy(), 2, clip=tiny(), profile="full", max_steps=2, **QUICK)
+    assert list((folder / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "cop"}, "unknown method 'cop'.*'coop'"),
+        ({"dataset": "pest"}, "unknown dataset 'pest'.*'pets'"),
+        ({"clip": "minni"}, "unknown model 'minni'.*'mini'"),
+        ({"profile": "mimi"}, "unknown profile 'mimi'.*'mini'"),
+        ({"shots": 0}, "shots must be a whole number from 1, got 0"),
+        ({"shots": 7}, "7 shots are more than 'toy' has"),
+        ({"seed": -1}, "seed must be a whole number from 0, got -1"),
+        ({"n_ctxx": 4}, "unknown hyperparameter of coop 'n_ctxx'.*'n_ctx'"),
+        ({"n_ctx": "four"}, "n_ctx must be a whole number, got 'four'"),
+        ({"lr": -1.0}, "lr must be a number that is not negative"),
+        ({"targets": ("pets",)}, "no other run takes any"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input(arguments, message):
+    options = {"method": "coop", "dataset": toy(), "shots": 2, "clip": tiny(), "progress": False} | arguments
+    with pytest.raises(InputError, match=message):
+        few_shot(**options)
+
+
+def test_other_bad_requests(folder):
+    with pytest.raises(InputError, match="unknown protocol 'fewshot'.*'few-shot'"):
+        sweep("fewshot", "coop", toy(), clip=tiny())
+    with pytest.raises(InputError, match="toy has no shifted versions"):
+        protocols.domain_generalization("coop", toy(), clip=tiny())
+    with pytest.raises(InputError, match="needs targets"):
+        cross_dataset("coop", toy(), [], clip=tiny())
+    with pytest.raises(InputError, match="toy is the source"):
+        cross_dataset("coop", toy(), [toy()], clip=tiny())
+    with pytest.raises(InputError, match="by their names"):
+        sweep("few-shot", "coop", toy(), shots=[2], clip=tiny(), workers=2)
+    with pytest.raises(InputError, match="no Dask scheduler"):
+        list(protocols.parallel(len, [[]], scheduler="nonsense://nowhere"))
+    assert files(folder) == []
+
+
+def test_class_specific_context_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(
+        protocols, "fit", lambda *a, **k: pytest.fail("trained although new classes are impossible")
+    )
+    with pytest.raises(InputError, match="class"):
+        base_to_new("coop", toy(), 2, clip=tiny(), class_specific=True, **QUICK)
+
+
+def test_tuning_reads_validation_images_only(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        protocols,
+        "accuracy",
+        lambda m, split, accuracy=protocols.accuracy, **k: read.append(split.key) or accuracy(m, split, **k),
+    )
+    table = tune(
+        "coop", toy(), {"lr": [0.01, 0.1], "n_ctx": [1, 2]}, 2, clip=tiny(), progress=False, epochs=1
+    )
+    assert len(table) == 4 and table.accuracy.is_monotonic_decreasing and set(read) == {toy().val.key}
+    base = tune(
+        "coop", toy(), {"lr": [0.1]}, 2, clip=tiny(), protocol="base-to-new", progress=False, epochs=1
+    )
+    assert len(base) == 1
+
+
+def test_tuning_on_test_images_is_refused():
+    with pytest.raises(InputError, match="validation images only, not on 'test'"):
+        tune("coop", toy(), {"lr": [0.1]}, clip=tiny(), split="test")
+    leaking = protocols.dataclasses.replace(toy(), val=toy().test)
+    with pytest.raises(InputError, match="no validation images of its own"):
+        tune("coop", leaking, {"lr": [0.1]}, clip=tiny(), progress=False)
+
+
+def test_parallel_runs_in_processes():
+    done = dict((item, result) for item, result in protocols.parallel(abs, [-1, -2, -3], workers=2))
+    assert done == {-1: 1, -2: 2, -3: 3}
+
+
+SWEEP = """
+import sys
+from test_protocols import toy, tiny
+from promptkit.protocols import sweep
+sweep("few-shot", [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})], toy(), range(1, 41), [4],
+      clip=tiny(), results=sys.argv[1], progress=False)
+"""
+
+
+def test_killed_sweep_leaves_whole_files_and_goes_on(tmp_path):
+    folder = tmp_path / "killed"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    }
+    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(folder)], env=environment)
+    try:
+        limit = time.monotonic() + 60
+        while (
+            len(list(folder.glob("few-shot/*.json"))) < 3
+            and process.poll() is None
+            and time.monotonic() < limit
+        ):
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("few-shot/*.json")}
+    assert 3 <= len(finished) < 40
+    assert all(json.loads(path.read_text())["rows"] for path in finished)
+    methods = [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no file is damaged
+        rows = sweep(
+            "few-shot", methods, toy(), range(1, 41), [4], clip=tiny(), results=folder, progress=False
+        )
+    assert len(rows) == 40 and rows.seed.tolist() == list(range(1, 41))
+    assert finished == {
+        path: path.stat().st_mtime_ns for path in finished
+    }  # the finished ones were not run again
+
+
+def test_describe_says_what_is_about_to_happen():
+    facts = prepare(
+        Run("few-shot", "coop", toy(), shots=4, clip=tiny(), overrides={"n_ctx": 2, "epochs": 3})
+    ).describe()
+    assert facts["parameters"] == "64" and "24 images" in facts["shots"]
+    assert facts["training"].startswith("3 epochs, 3 steps of 24, sgd, learning rate 0.05")
+    assert "training" not in prepare(Run("few-shot", "clip", toy(), clip=tiny())).describe()
+
+
+def test_execute_takes_a_run():
+    run = Run("few-shot", "clip", toy(), clip=tiny())
+    assert execute(run).equals(execute(run))

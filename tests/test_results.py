@@ -1,0 +1,363 @@
+"""Stored runs, means and intervals, the papers' numbers, claims."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from promptkit import results
+from promptkit.errors import InputError
+from promptkit.results import (
+    Claim,
+    check_claim,
+    claims_table,
+    compare,
+    config_hash,
+    differences,
+    harmonic_mean,
+    interval,
+    load_claims,
+    load_results,
+    newest,
+    paper_numbers,
+    read_run,
+    run_path,
+    run_rows,
+    save_claims,
+    save_run,
+    summarise,
+)
+
+
+def record(
+    method="coop", dataset="pets", seed=1, protocol="base-to-new", created="2026-01-01", shots=16, **values
+):
+    """A run's record; values are its numbers by split or by target."""
+    config = {
+        "method": method,
+        "dataset": dataset,
+        "seed": seed,
+        "protocol": protocol,
+        "shots": shots,
+        "profile": "mini",
+    }
+    config |= {"model": "mini", "overrides": values.pop("overrides", {}), "code": values.pop("code", "c0de")}
+    rows = []
+    for name, value in values.items():
+        split = name if name in ("base", "new", "hm", "all") else "all"
+        target = dataset if split == name else name
+        rows.append({"target": target, "split": split, "metric": "accuracy", "value": float(value)})
+    versions = {"promptkit": "0", "torch": "0", "open_clip": "0", "python": "3"}
+    return {
+        "config": config,
+        "rows": rows,
+        "versions": versions,
+        "device": "cpu",
+        "seconds": 1.0,
+        "created": created,
+    }
+
+
+def base_new(base, new, **more):
+    return record(base=base, new=new, hm=harmonic_mean(base, new), **more)
+
+
+def table(*records):
+    return newest([run_rows({"hash": config_hash(r["config"])} | r) for r in records])
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_one_file_named_after_it(tmp_path):
+    path = save_run(base_new(80, 60, method="dept(coop)"), tmp_path)
+    assert path == run_path(base_new(80, 60, method="dept(coop)")["config"], tmp_path)
+    assert path.parent.name == "base-to-new" and path.name.startswith("dept_coop_-pets-16shot-seed1-")
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+    assert read_run(path)["rows"][0]["value"] == 80
+    rows = load_results(tmp_path)
+    assert rows.split.tolist() == ["base", "hm", "new"] and list(rows.columns) == results.COLUMNS
+
+
+def test_results_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("PROMPTKIT_RESULTS", raising=False)
+    assert str(results.results_dir()) == "results"
+    monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path))
+    assert results.results_dir() == tmp_path and str(results.results_dir("there")) == "there"
+    assert load_results().empty and list(load_results().columns) == results.COLUMNS
+
+
+def test_hash_ignores_the_order_of_keys_only():
+    assert config_hash({"a": 1, "b": [1, 2]}) == config_hash({"b": [1, 2], "a": 1})
+    assert config_hash({"a": 1}) != config_hash({"a": 1.5}) != config_hash({"b": 1.5})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace('"seed": 1', '"seed": 2'),
+        lambda text: text.replace("80.0", "NaN"),
+        lambda text: text.replace('"seconds"', '"minutes"'),
+        lambda text: text.replace('"split": "base"', '"split": "bass"'),
+    ],
+    ids=["cut", "empty", "other", "altered", "nan", "lacking", "split"],
+)
+def test_damaged_file(tmp_path, damage):
+    written = base_new(80.0, 60)
+    path = save_run(written, tmp_path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=f"damaged result file .*{path.name}.*delete it and run again"):
+        load_results(tmp_path)
+    with pytest.warns(UserWarning, match="running it again"):
+        assert results.find_run(written["config"], tmp_path) is None
+    assert results.find_run(base_new(1, 1, seed=5)["config"], tmp_path) is None
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = save_run(base_new(80, 60), tmp_path)
+    before = path.read_text()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        save_run(base_new(10, 10), tmp_path)
+    assert path.read_text() == before and len(list(path.parent.iterdir())) == 1
+
+
+def test_newest_of_the_same_measurement_counts(tmp_path):
+    save_run(base_new(80, 60, created="2026-01-02", code="new"), tmp_path)
+    save_run(base_new(70, 50, created="2026-01-01", code="old"), tmp_path)
+    save_run(base_new(90, 90, overrides={"n_ctx": 4}), tmp_path)  # another variant, not another version
+    rows = load_results(tmp_path, split="base")
+    assert rows[rows.options == ""].value.tolist() == [80] and rows[
+        rows.options == "n_ctx=4"
+    ].value.tolist() == [90]
+
+
+def test_filters(tmp_path):
+    save_run(base_new(80, 60), tmp_path)
+    save_run(base_new(70, 65, method="clip"), tmp_path)
+    assert set(load_results(tmp_path, method="clip").method) == {"clip"}
+    assert len(load_results(tmp_path, method=["clip", "coop"], split="new")) == 2
+    with pytest.raises(InputError, match="no column 'methods'"):
+        load_results(tmp_path, methods="clip")
+
+
+def test_reading_results_needs_no_torch():
+    code = "import sys, promptkit.results, promptkit.plots, promptkit.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- means --------------------------------------------------------------------------------------------------
+
+
+def test_interval_by_hand():
+    # mean 2, sample sd 1, n = 3, t(0.975; 2) = 4.302653: half-width 4.302653 / sqrt(3) = 2.484138
+    assert interval([1, 2, 3]) == pytest.approx((2, 2 - 2.484138, 2 + 2.484138), abs=1e-6)
+    # mean 5, sd sqrt(8) = 2.828427, n = 2, t(0.95; 1) = 6.313752: half-width 6.313752 * 2 = 12.627503
+    assert interval([3, 7], level=0.9) == pytest.approx((5, 5 - 12.627503, 5 + 12.627503), abs=1e-5)
+    assert interval([4, 4, 4]) == (4, 4, 4)
+    values = np.random.default_rng(0).normal(size=20)
+    expected = stats.t.interval(0.99, 19, values.mean(), stats.sem(values))
+    assert interval(values, 0.99)[1:] == pytest.approx(expected)
+
+
+def test_interval_of_too_few():
+    assert interval([5.0])[0] == 5 and all(map(math.isnan, interval([5.0])[1:]))
+    assert all(map(math.isnan, interval([])))
+    with pytest.raises(InputError, match="between 0 and 1, not 95"):
+        interval([1, 2], level=95)
+
+
+def test_harmonic_mean_conventions():
+    assert harmonic_mean(69.34, 74.22) == pytest.approx(71.70, abs=0.005)  # CLIP's average row
+    assert harmonic_mean(0, 0) == 0
+    assert harmonic_mean([50, 100], [50, 0]).tolist() == [50, 0]
+
+
+@pytest.mark.parametrize(
+    ("method", "hm", "of_tasks"),
+    [("clip", 71.70, 71.59), ("coop", 71.66, 70.83), ("cocoop", 75.83, 75.44), ("kgcoop", 77.00, 76.71)],
+)
+def test_average_row_is_the_harmonic_mean_of_the_averages(method, hm, of_tasks):
+    papers = paper_numbers(method=method, protocol="base-to-new", paper=["2203.05557", "2303.13283"])
+    cells = papers[(papers.dataset != "average") & (papers.table != "repository readme (own rerun)")]
+    wide = cells.pivot(index="dataset", columns="metric", values="value")
+    assert len(wide) == 11
+    runs = table(*(base_new(row.base, row.new, method=method, dataset=name) for name, row in wide.iterrows()))
+    average = summarise(runs).query("dataset == 'average'").set_index("split")
+    assert average["mean"]["hm"] == pytest.approx(hm, abs=0.011)
+    assert average["mean"]["hm_of_tasks"] == pytest.approx(of_tasks, abs=0.011)
+    assert (average.datasets == 11).all()
+
+
+def test_means_over_seeds():
+    runs = table(*(base_new(b, n, seed=s) for s, b, n in ((1, 80, 50), (2, 90, 70), (3, 85, 60))))
+    cells = summarise(runs, average=False).set_index("split")
+    assert cells["mean"]["base"] == 85 and cells["mean"]["new"] == 60
+    assert cells["mean"]["hm"] == pytest.approx(harmonic_mean(85, 60))  # of the averaged accuracies
+    assert (cells.low["base"], cells.high["base"]) == pytest.approx(interval([80, 90, 85])[1:])
+    assert (cells.seeds == 3).all()
+
+
+def test_average_interval_is_over_seeds():
+    runs = table(
+        *(base_new(b + s, 50, seed=s, dataset=d) for s in (1, 2) for d, b in (("pets", 60), ("cars", 80)))
+    )
+    base = summarise(runs).query("dataset == 'average' and split == 'base'").iloc[0]
+    assert (base["mean"], base.low, base.high) == pytest.approx(interval([71, 72]))
+    assert (base.seeds, base.datasets) == (2, 2)
+    incomplete = pd.concat([runs, table(base_new(99, 99, seed=3))])  # of one dataset only
+    base = summarise(incomplete).query("dataset == 'average' and split == 'base'").iloc[0]
+    assert base.seeds == 2 and (base.low, base.high) == pytest.approx(interval([71, 72])[1:])
+
+
+def test_averages_of_transfer_leave_the_source_out():
+    runs = table(record(protocol="cross-dataset", dataset="mini", mini=90, pets=60, cars=40))
+    average = summarise(runs).query("target == 'average'").iloc[0]
+    assert average["mean"] == 50 and average.dataset == "mini" and average.datasets == 2
+
+
+def test_variants_and_shots_are_kept_apart():
+    runs = table(
+        record(protocol="few-shot", shots=1, all=10), record(protocol="few-shot", shots=4, all=20),
+        record(protocol="few-shot", shots=4, all=30, overrides={"n_ctx": 4}),
+    )  # fmt: skip
+    cells = summarise(runs, average=False)
+    assert sorted(cells["mean"]) == [10, 20, 30] and set(results.label(cells)) == {"coop", "coop | n_ctx=4"}
+
+
+# --- papers -------------------------------------------------------------------------------------------------
+
+
+def test_paper_numbers_are_consistent():
+    papers = paper_numbers()
+    assert {"clip", "coop", "cocoop", "kgcoop"} <= set(papers.method)
+    assert list(papers.columns) == "paper table method protocol dataset metric shots backbone value".split()
+    assert not papers.isna().any().any() and papers.value.between(0, 100).all()
+    assert not papers.duplicated(list(papers.columns[:-1])).any()
+    tables = papers[(papers.protocol == "base-to-new") & (papers.dataset != "average")]
+    wide = tables.pivot(index=["paper", "table", "method", "dataset"], columns="metric", values="value")
+    assert (harmonic_mean(wide.base, wide.new) - wide.hm).abs().max() < 0.011
+    assert paper_numbers(method="clip", metric="hm", dataset="average").value.tolist() == [71.70]
+
+
+def test_compare_with_papers():
+    runs = table(*(base_new(75, 70, dataset=d, seed=s) for d in ("eurosat", "dtd") for s in (1, 2)))
+    joined = compare(runs, how="inner")
+    eurosat = joined.query("dataset == 'eurosat' and split == 'base'").iloc[0]
+    assert eurosat.reported == 92.19 and eurosat.difference == pytest.approx(75 - 92.19)
+    assert (eurosat.paper, eurosat.table, eurosat.backbone) == ("2203.05557", "Table 1", "ViT-B/16")
+    averages = joined.query("dataset == 'average' and split == 'new'")
+    assert set(averages.reported) == {63.22, 67.99}  # CoCoOp's paper and KgCoOp's rerun
+    assert (
+        compare(table(base_new(75, 70))).query("dataset == 'pets'").reported.isna().all()
+    )  # no paper has it
+
+
+# --- claims -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "verdict"),
+    [
+        ([9, 9.5, 10], {"at_least": 8}, "holds"),
+        ([1, 1.5, 2], {"at_least": 8}, "does not hold"),
+        ([7, 9, 11], {"at_least": 8}, "undecided"),
+        ([1, 1.2, 1.1], {}, "holds"),
+        ([-1, -1.2, -1.1], {}, "does not hold"),
+        ([-1, 1, 0.2], {}, "undecided"),
+        ([9.0], {"at_least": 8}, "undecided"),
+        ([0, 0, 0], {}, "undecided"),
+        ([0.1, 0.2, 0.15], {"within": 1}, "holds"),
+        ([5, 5.1, 5.2], {"within": 1}, "does not hold"),
+        ([-5, -5.1, -5.2], {"within": 1}, "does not hold"),
+        ([0, 2, 1], {"within": 1}, "undecided"),
+    ],
+)
+def test_verdicts(values, options, verdict):
+    claim = check_claim("CoOp gains on base classes", values, **options)
+    assert claim.verdict == verdict and claim.n == len(values)
+    assert claim.estimate == pytest.approx(np.mean(values))
+    assert str(claim).startswith(verdict.upper()) and f"<strong>{verdict}</strong>" in claim._repr_html_()
+
+
+def test_a_wider_level_decides_less():
+    values = [8.5, 9.5, 10.5]
+    assert check_claim("x", values, at_least=8, level=0.8).verdict == "holds"
+    assert check_claim("x", values, at_least=8, level=0.99).verdict == "undecided"
+
+
+@pytest.mark.parametrize("values", [[], [1, float("nan")], [float("inf")]])
+def test_claims_need_numbers(values):
+    with pytest.raises(InputError, match="needs finite differences"):
+        check_claim("A beats B", values)
+
+
+def test_claims_table_and_text():
+    claims = [check_claim("A < B & <b>", [1, 1.2, 1.1]), check_claim("C", [1.0])]
+    shown = claims_table(claims)
+    assert (
+        shown.verdict.tolist() == ["holds", "undecided"] and shown.measured[1] == "+1.0, no interval, n = 1"
+    )
+    assert shown.measured[0] == "+1.1 [+0.9, +1.3], 95% interval, n = 3" and shown.asked[0] == "more than 0"
+    assert "A &lt; B &amp; &lt;b&gt;" in claims[0]._repr_html_()
+    assert claims_table([]).empty
+
+
+def test_claims_are_kept(tmp_path):
+    claims = [check_claim("one", [1, 1.2, 1.1]), check_claim("two", [1.0], within=3)]
+    save_claims("03_coop", claims, tmp_path)
+    ((chapter, loaded),) = load_claims(tmp_path).items()
+    assert chapter == "03_coop" and [str(c) for c in loaded] == [str(c) for c in claims]
+    assert isinstance(loaded[0], Claim) and load_results(tmp_path).empty  # claims are no runs
+    (tmp_path / "claims" / "03_coop.json").write_text("[{")
+    with pytest.raises(InputError, match="03_coop.json"):
+        load_claims(tmp_path)
+
+
+def two_methods():
+    runs = [
+        base_new(80 + s + 2 * i, 60, dataset=d, seed=s)
+        for i, d in enumerate(("pets", "cars"))
+        for s in (1, 2, 3)
+    ]
+    return table(
+        *runs, *(base_new(70, 65, method="clip", dataset=d, seed=0, shots=0) for d in ("pets", "cars"))
+    )
+
+
+def test_paired_differences():
+    base = differences(two_methods(), "coop", "clip", "base")
+    assert len(base) == 6 and sorted(base) == [11, 12, 13, 13, 14, 15]
+    assert base.index.names == ["protocol", "dataset", "target", "split", "shots", "seed"]
+    assert sorted(differences(two_methods(), "clip", "coop", "base")) == [-15, -14, -13, -13, -12, -11]
+    average = differences(two_methods(), "coop", "clip", "base", average=True)
+    assert average.tolist() == [12, 13, 14]
+    hm = differences(two_methods(), "coop", "clip", "hm", average=True)
+    assert hm.iloc[0] == pytest.approx(harmonic_mean(82, 60) - harmonic_mean(70, 65))
+
+
+def test_differences_of_variants_and_their_errors():
+    runs = pd.concat([two_methods(), table(base_new(90, 60, overrides={"n_ctx": 4}))])
+    with pytest.raises(InputError, match="'lasp'.*clip, coop"):
+        differences(runs, "lasp", "clip")
+    assert differences(runs, "coop | n_ctx=4", "coop", "base").tolist() == [9]
+    with pytest.raises(InputError, match="nothing was measured for both"):
+        differences(runs, "coop", "clip", "all")
+    twice = pd.concat([two_methods(), table(base_new(90, 60)).assign(profile="full")])
+    with pytest.raises(InputError, match="several runs of 'coop'"):
+        differences(twice, "coop", "clip")
+
+
+def test_record_is_plain_json(tmp_path):
+    path = save_run(base_new(80, 60), tmp_path)
+    stored = json.loads(path.read_text())
+    assert stored["format"] == 1 and stored["hash"] == config_hash(stored["config"])
