@@ -3,12 +3,18 @@
 from importlib import import_module
 
 # Imported when first asked for: torch takes seconds to load, and the command line must not wait for it.
-_HOME = {"FrozenCLIP": "clip", "load_clip": "clip", "zero_shot_features": "clip", "InputError": "errors"}
+_HOME = {
+    "clip": ["FrozenCLIP", "load_clip", "zero_shot_features"],
+    "errors": ["InputError"],
+    "method": ["Batch", "Method", "build", "load_method"],
+    "train": ["Setting", "accuracy", "fit", "recipe"],
+}
 
-__all__ = ["FrozenCLIP", "InputError", "load_clip", "zero_shot_features"]
+__all__ = sorted(name for names in _HOME.values() for name in names)
 
 
 def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"promptkit.{_HOME[name]}"), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"promptkit.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,10 +6,12 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 import ast
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +28,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx):
         """Run the command: exit code 2 for bad input, 1 for what failed under way, 130 for Ctrl-C."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: _say(f"Warning: {message}")
+                return super().invoke(ctx)
         except InputError as error:
             _say(f"Error: {error}")
             raise typer.Exit(2) from None
@@ -66,6 +70,14 @@ def _examples(*lines):
     return "[bold]Examples[/]\n\n" + "\n\n".join(f"  $ promptkit {line}" for line in lines)
 
 
+def _grid(columns, **options):
+    """A table that loses no text where the terminal is narrow."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", **options)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def _option(kind, text, *names, **more):
     return Annotated[
         kind, typer.Option(*names, help=text, show_default=more.pop("show_default", False), **more)
@@ -94,7 +106,7 @@ def list_methods(as_json: _option(bool, "Print JSON.", "--json") = False):
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("name", "title", "year", "kind", "arXiv", "parameters (default)", title="Methods")
+    table = _grid(["name", "title", "year", "kind", "arXiv", "parameters (default)"])
     for row in rows:
         parameters = ", ".join(f"{key}={value!r}" for key, value in row["parameters"].items())
         table.add_row(
@@ -122,7 +134,9 @@ def _describe(cls):
     )
 )
 def run(
-    method: Annotated[str, typer.Argument(help="A name of 'promptkit list', or a plug-in: 'dept(coop)'.")],
+    method: Annotated[
+        str, typer.Argument(help="A name of 'promptkit list'; a plug-in takes its host in brackets.")
+    ],
     data: _option(str, "Datasets to train on, separated by commas, or all.", show_default=True) = "mini",
     protocol: _option(
         str, "few-shot, base-to-new, cross-dataset or domain-generalization.", show_default=True
@@ -238,12 +252,19 @@ def _datasets(text, profile):
 
 
 def _table(rows):
-    table = Table(
-        "method", "dataset", "tested on", "classes", "shots", "seed", "accuracy (%)", "seconds", "run"
-    )
-    for row in rows.to_dict("records"):
-        texts = [row[key] for key in ("method", "dataset", "target", "split", "shots", "seed")]
-        table.add_row(*map(str, texts), f"{row['value']:.2f}", f"{row['seconds']:.1f}", row["hash"])
+    heads = {
+        "method": "method",
+        "dataset": "data",
+        "target": "tested on",
+        "split": "classes",
+        "shots": "shots",
+    }
+    heads |= {"seed": "seed", "value": "accuracy", "seconds": "sec.", "hash": "run"}
+    table = _grid(heads.values())
+    formats = {"value": "{:.2f} %".format, "seconds": "{:.1f}".format, "hash": lambda name: name[:8]}
+    rows = rows.assign(**{column: rows[column].map(show) for column, show in formats.items()})
+    for row in rows[list(heads)].itertuples(index=False):
+        table.add_row(*map(str, row))
     return table
 
 
@@ -286,7 +307,7 @@ def reproduce(
         scheduler, folder, fan_out, root=None if root is None else str(root.resolve()), max_steps=max_steps,
         device=device,
     )  # fmt: skip
-    table = Table("chapter", "seconds", "result", title=f"profile {profile}")
+    table = _grid(["chapter", "seconds", "result"], title=f"profile {profile}")
     for report in reports:
         result = f"failed: {report.error}" if report.error else "done"
         table.add_row(report.name, f"{report.seconds:.0f}", Text(result))
@@ -343,7 +364,7 @@ def _board(title, protocol, cells, level):
 
     splits = {"hm": "HM", "hm_of_tasks": "mean of HMs"}
     columns = {
-        "few-shot": cells["shots"].map("{} shots".format),
+        "few-shot": cells["shots"].map(lambda n: f"{n} shot{'s' * (n != 1)}"),
         "base-to-new": cells["split"].replace(splits),
     }
     cells = cells.assign(label=label(cells), column=columns.get(protocol, cells["target"]))
@@ -351,8 +372,8 @@ def _board(title, protocol, cells, level):
     cells = cells.sort_values("shots", kind="stable") if protocol == "few-shot" else cells
     names = list(dict.fromkeys(cells["column"]))
     average = cells.loc[cells["target"] == "average", "datasets"].max()
-    title = f"{title}: accuracy in % ± {level:.0%} interval over seeds; average of {average}"
-    table = Table("data", "method", *keys[2:], *names, "seeds", title=title)
+    title = f"{title}: accuracy in % ± {level:.0%} interval over seeds; average of {average} datasets"
+    table = _grid(["data", "method", *keys[2:], *names, "seeds"], title=title)
     rows = cells.assign(first=cells["dataset"] != "average").groupby(["first", *keys])
     for (_, *key), group in rows:
         texts = {column: _number(part.iloc[0]) for column, part in group.groupby("column")}

@@ -5,7 +5,7 @@ Learning Transferable Visual Models From Natural Language Supervision (arXiv 210
 
 import hashlib
 import os
-import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -30,7 +30,8 @@ _ADVICE = "use a CLIP with a ViT and a causal text transformer, such as ViT-B-16
 class FrozenCLIP(nn.Module):
     """CLIP's two towers with all weights frozen, always in evaluation mode.
 
-    Matrix products run in the dtype of `precision`; layer norms, the residual stream and all features are float32.
+    Matrix products run in the dtype of `precision`; layer norms, the residual stream and all features are
+    float32.
 
     Args:
         model (open_clip.CLIP): used as it is, not copied: its parameters are frozen and, below float32, cast.
@@ -38,7 +39,8 @@ class FrozenCLIP(nn.Module):
         name (str): what to call the model.
         pretrained (str | None): where its weights came from.
         image_size (int | None): by default the model's own.
-        mean (tuple[float, ...] | None): of the images' channels, for normalisation; by default the model's own.
+        mean (tuple[float, ...] | None): of the images' channels, for normalisation; by default the model's
+            own.
         std (tuple[float, ...] | None): likewise.
         precision (str): "fp32", "bf16" or "fp16".
         budget (int | None): bytes of activations that either tower may keep for the backward pass before it
@@ -75,7 +77,9 @@ class FrozenCLIP(nn.Module):
         self.name, self.pretrained, self.precision = name, pretrained, precision
         vocabulary = model.token_embedding.num_embeddings
         if self.tokenizer.eot_token_id >= vocabulary:
-            raise InputError(f"the tokenizer has more entries than the {vocabulary} of model {name!r}; pass its own")
+            raise InputError(
+                f"the tokenizer has more entries than the {vocabulary} of model {name!r}; pass its own"
+            )
         self.width = model.ln_final.normalized_shape[0]
         self.vision_width = model.visual.conv1.out_channels
         self.embed_dim = model.visual.proj.shape[1]
@@ -169,7 +173,7 @@ class FrozenCLIP(nn.Module):
         return F.embedding(ids, self.model.token_embedding.weight).float()
 
     def text(self, prompt: Prompt, edit: Edit | None = None, tokens: bool = False):
-        """Text features, (G, C, E), not normalised; see `TextTower`. Gradients reach what learns in prompt and edit."""
+        """Text features (G, C, E), not normalised; see `TextTower`. Gradients reach prompt and edit."""
         return self.text_tower(prompt, edit, tokens)
 
     def image(
@@ -184,7 +188,8 @@ class FrozenCLIP(nn.Module):
         size = self.model.visual.image_size
         if images.dim() != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != tuple(size):
             raise InputError(
-                f"images must be (B, 3, {size[0]}, {size[1]}) for model {self.name!r}, not {tuple(images.shape)}"
+                f"images must be (B, 3, {size[0]}, {size[1]}) for model {self.name!r}, "
+                f"not {tuple(images.shape)}"
             )
         if not images.is_floating_point():
             raise InputError(f"images must be normalised floating-point numbers, not {images.dtype}")
@@ -272,7 +277,9 @@ def check_classnames(classnames: Iterable[str], allow_duplicates: bool = False) 
         seen: dict[str, int] = {}
         for position, name in enumerate(names):
             if seen.setdefault(name, position) != position:
-                raise InputError(f"class name {name!r} appears twice, at positions {seen[name]} and {position}")
+                raise InputError(
+                    f"class name {name!r} appears twice, at positions {seen[name]} and {position}"
+                )
     return names
 
 
@@ -313,8 +320,8 @@ def load_clip(
 
     Args:
         name (str): "mini" or "mini-teacher", which come with the package, or a model of open_clip.
-        pretrained (str | None): for a model of open_clip, one of its tags or the path of a checkpoint. Tags know
-            whether their weights want QuickGELU, as OpenAI's do; for a checkpoint the name must say so
+        pretrained (str | None): for a model of open_clip, one of its tags or the path of a checkpoint. Tags
+            know whether their weights want QuickGELU, as OpenAI's do; for a checkpoint the name must say so
             ("ViT-B-16-quickgelu").
         device (str | torch.device | None): by default a GPU if there is one.
         precision (str): "fp32", "bf16" or "fp16", of the matrix products.
@@ -331,19 +338,26 @@ def load_clip(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in MINI:
         if pretrained is not None:
-            raise InputError(f"model {name!r} comes with its weights; leave out pretrained={str(pretrained)!r}")
+            raise InputError(
+                f"model {name!r} comes with its weights; leave out pretrained={str(pretrained)!r}"
+            )
         from promptkit.mini_clip import build
 
         return FrozenCLIP(build(name).to(device), name=name, precision=precision)
     name = name.replace("/", "-")
     if name not in open_clip.list_models():
         raise unknown("model", name, [*MINI, *open_clip.list_models()])
+    _check_config(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise InputError(f"model {name!r} needs weights: pass a checkpoint file or one of {', '.join(tags) or 'no tags'}")
+        raise InputError(
+            f"model {name!r} needs weights: pass a checkpoint file or one of {', '.join(tags) or 'no tags'}"
+        )
     model = _create(name, os.fspath(pretrained), tags)
     tokenizer = open_clip.get_tokenizer(name)
-    return FrozenCLIP(model.to(device), tokenizer, name=name, pretrained=os.fspath(pretrained), precision=precision)
+    return FrozenCLIP(
+        model.to(device), tokenizer, name=name, pretrained=os.fspath(pretrained), precision=precision
+    )
 
 
 def _create(name: str, pretrained: str, tags: list[str]) -> open_clip.CLIP:
@@ -355,7 +369,9 @@ def _create(name: str, pretrained: str, tags: list[str]) -> open_clip.CLIP:
         try:
             return open_clip.create_model(name, pretrained, force_quick_gelu=quick)
         except Exception as error:  # whatever the network, the hub or the file may raise
-            raise InputError(f"the weights {pretrained!r} of model {name!r} could not be loaded: {error}") from error
+            raise InputError(
+                f"the weights {pretrained!r} of model {name!r} could not be loaded: {error}"
+            ) from error
     looks_like_file = path.suffix or len(path.parts) > 1 or path.exists()
     if not looks_like_file:
         raise unknown(f"weights of model {name!r}:", pretrained, tags)
@@ -365,12 +381,14 @@ def _create(name: str, pretrained: str, tags: list[str]) -> open_clip.CLIP:
         if not _is_torchscript(path):
             return open_clip.create_model(name, str(path))
         model = open_clip.create_model(name)
-        state = torch.jit.load(path, map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch would rather not have TorchScript at all
+            state = torch.jit.load(path, map_location="cpu").state_dict()
         for key in ("input_resolution", "context_length", "vocab_size"):
             state.pop(key, None)
         model.load_state_dict(state)
         return model
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # each file format has errors of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"the file {pretrained!r} holds no weights of model {name!r}: {reason}") from error
 
@@ -381,6 +399,21 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in entry for entry in archive.namelist())
+
+
+def _check_config(name: str) -> None:
+    """Refuse a model that cannot serve before its weights are fetched."""
+    config = open_clip.get_model_config(name)
+    if (
+        config.pop("custom_text", False)
+        or "hf_model_name" in config["text_cfg"]
+        or "multimodal_cfg" in config
+    ):
+        raise InputError(f"model {name!r} cannot serve: it has a text tower of another kind; {_ADVICE}")
+    if "timm_model_name" in config["vision_cfg"]:
+        raise InputError(f"model {name!r} cannot serve: its image tower is timm's; {_ADVICE}")
+    with torch.device("meta"):
+        _check_architecture(open_clip.CLIP(**config), name)
 
 
 def _check_architecture(model: nn.Module, name: str) -> None:
@@ -408,7 +441,7 @@ def _check_architecture(model: nn.Module, name: str) -> None:
 
 
 def _cast(model: open_clip.CLIP, dtype: torch.dtype) -> None:
-    """Cast what matrix products read. Layer norms, embeddings and positions are read in float32 and stay so."""
+    """Cast what matrix products read. Layer norms, embeddings and positions stay float32."""
     model.float()
     for block in [*model.transformer.resblocks, *model.visual.transformer.resblocks]:
         block.attn.to(dtype)

@@ -1,11 +1,12 @@
 """Arithmetic with frozen weights: the gradient goes to the input alone, and little is kept for it.
 
-Autograd's own formulas would give the same numbers. These keep 9 floats a channel and token in a block instead of
-19, need a fifth of the operations, and on x86 processors multiply float32 matrices with oneDNN, which on AMD is
-twice as fast as the library behind `F.linear`.
+Autograd's own formulas would give the same numbers. These keep 9 floats a channel and token in a block
+instead of 19, need a fifth of the operations, and on x86 processors multiply float32 matrices with oneDNN,
+which on AMD is twice as fast as the library behind `F.linear`.
 """
 
 import platform
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias with frozen weight (O, I) and bias (O,); x (..., I) is cast to the weight's dtype."""
+    """x @ weight.T + bias, frozen: weight (O, I), bias (O,); x (..., I) is cast to the weight's dtype."""
     return _Linear.apply(x.to(weight.dtype), weight, bias)
 
 
@@ -95,7 +96,7 @@ def mlp(x: Tensor, module: nn.Module, kind: str) -> Tensor:
 
 
 def _heads(qkv: Tensor, c: int, heads: int) -> Tensor:
-    """(G, c T, 3D) -> (3, G, H, c, T, d): one copy puts every matrix product that follows on contiguous blocks."""
+    """(G, c T, 3D) -> (3, G, H, c, T, d): one copy, and all products that follow read contiguous blocks."""
     G, rows, width = qkv.shape
     return qkv.view(G, c, rows // c, 3, heads, width // (3 * heads)).permute(3, 0, 4, 1, 2, 5).contiguous()
 
@@ -106,11 +107,17 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1, 4).reshape(G, c * T, H * d)
 
 
+@cache
+def _future(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(T, T): minus infinity above the diagonal, zero elsewhere."""
+    return torch.full((T, T), float("-inf"), device=device, dtype=dtype).triu_(1)
+
+
 def _attend(qkv: Tensor, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple]:
     """Causal attention of c sequences over themselves and over keys and values that they share.
 
-    The scores against the shared keys are one matrix product a head for all sequences together, so nothing shared
-    is ever repeated, and the gradients of the shared keys are summed by that same product.
+    The scores against the shared keys are one matrix product a head for all sequences together, so nothing
+    shared is ever repeated, and the gradients of the shared keys are summed by that same product.
 
     Args:
         qkv (Tensor): (3, G, H, c, T, d).
@@ -122,8 +129,7 @@ def _attend(qkv: Tensor, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, 
     _, G, H, c, T, d = qkv.shape
     P = shared[0].shape[2] if shared else 0
     q, k, v = qkv.view(3, G * H * c, T, d).unbind(0)
-    mask = torch.full((T, T), float("-inf"), device=q.device, dtype=q.dtype).triu_(1)
-    own = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=d**-0.5)  # (GHc, T, T)
+    own = torch.baddbmm(_future(T, q.dtype, q.device), q, k.transpose(1, 2), alpha=d**-0.5)  # (GHc, T, T)
     if not P:
         probs = torch.softmax(own, dim=-1, dtype=torch.float32).to(q.dtype)
         return torch.bmm(probs, v).view(G, H, c, T, d), (qkv, probs)
@@ -241,8 +247,8 @@ def packed_attention(
         heads (int): H.
         prefix (int): P.
         classes (int): c, the number of sequences.
-        pad (Tensor | None): (c T,) the row of every position of the padded sequences, counted from the prefix's
-            first; any row for padding. None when all sequences have length T.
+        pad (Tensor | None): (c T,) the row of every position of the padded sequences, counted from the
+            prefix's first; any row for padding. None when all sequences have length T.
         keep (Tensor | None): (R,) the position of every row among the padded sequences; None likewise.
 
     Returns:

@@ -14,12 +14,15 @@ from promptkit.results import label, summarise
 MARKERS = "o s ^ D v P X <".split()
 LINES = ["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1))]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
-PROBES = ("linear-probe", "linear_probe")
+PROBE = "linear-probe"
 
 
 @contextmanager
 def style():
     """The look of every figure, as a context; nothing leaks into the caller's settings."""
+    # Notebooks choose their backend when it is first needed and become interactive then; were that to happen
+    # below, leaving the context would undo it and later figures would not be shown.
+    plt.switch_backend(plt.get_backend())
     with (
         sns.axes_style("whitegrid"),
         sns.plotting_context("notebook", font_scale=0.8),
@@ -61,7 +64,7 @@ def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=N
             looks = zip(methods, colours, cycle(MARKERS), cycle(LINES))
             for name, colour, marker, line in looks:
                 curve = cells[cells["label"] == name].sort_values("shots")
-                line = ":" if name.split(" | ")[0] in PROBES else line
+                line = ":" if name == PROBE else line
                 error = _errors(curve)
                 axis.errorbar(
                     curve["shots"], curve["mean"], yerr=error, label=(names or {}).get(name, name),

@@ -5,6 +5,7 @@ Images are rendered once and kept in the cache folder; every image has several c
 The token table is trained for the rows that captions use, and only those are shipped (see `mini_clip.py`).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -23,14 +24,15 @@ from promptkit.data.world import FAMILIES, Picture, caption, draw, exposure, ran
 from promptkit.errors import InputError, unknown
 from promptkit.files import cache_folder, write_atomically
 
-WORLD_SEED = 20210301
+WORLD_SEED = 20210302
 STYLED = ("thing", "pet", "car", "flower", "dish", "plane")  # families that also appear as sketches and renditions
 NAMED = {  # captions that name a class, per class (geometric mean) and million of samples: the knob of the mini world
-    "thing": 250, "pet": 190, "car": 600, "flower": 190, "dish": 190, "plane": 700, "scene": 100, "texture": 220,
-    "satellite": 250, "action": 300,
+    "thing": 200, "pet": 80, "car": 320, "flower": 75, "dish": 70, "plane": 320, "scene": 70, "texture": 190,
+    "satellite": 180, "action": 240,
 }  # fmt: skip
 CAPTIONS = 8  # captions drawn for each image
 LONGEST = 48  # tokens of a caption that are kept
+CHECKPOINT_EVERY = 500  # steps
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Pretraining:
     named: float = 1.0
     images: int = 110_000
     batch: int = 192
+    families: int = 3  # a batch is drawn from so many, so that most of its negatives are of the same kind of thing
     lr: float = 1.5e-3
     warmup: int = 100  # steps
     decay: float = 0.45  # last part of the run, cosine to zero
@@ -58,7 +61,7 @@ RECIPES = {
             vision_cfg=dict(image_size=48, patch_size=8, width=128, layers=6, head_width=32),
             text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=4, layers=4),
         ),
-        samples=800_000,
+        samples=600_000,
     ),
     "mini-teacher": Pretraining(
         dict(
@@ -66,7 +69,7 @@ RECIPES = {
             vision_cfg=dict(image_size=48, patch_size=8, width=160, layers=7, head_width=32),
             text_cfg=dict(context_length=77, vocab_size=49408, width=160, heads=5, layers=4),
         ),
-        samples=800_000,
+        samples=700_000,
         named=1.5,
     ),
 }
@@ -108,8 +111,12 @@ def noise_words(tokenizer) -> list[str]:
     return words
 
 
-def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 48, 48, 3) uint8, and token ids (N, CAPTIONS, LONGEST) uint16 padded with 0. Cached on disk."""
+def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
+    """The pre-training world, cached on disk.
+
+    Returns: images (N, 48, 48, 3) uint8; token ids (N, CAPTIONS, LONGEST) uint16 padded with 0; the images' numbers,
+        family by family.
+    """
     folder = cache_folder("pretraining")
     stem = f"{WORLD_SEED}-{recipe.images}"
     image_file, caption_file = folder / f"{stem}-images.npy", folder / f"{stem}-{hash_of([NAMED, recipe.named])}-captions.npy"
@@ -123,10 +130,12 @@ def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, n
                 pictures += what
         write_atomically(picture_file, lambda f: f.write(json.dumps([asdict(p) for p in pictures]).encode()))
         write_atomically(image_file, lambda f: np.save(f, np.concatenate(images)))
+    pictures = [Picture(**p | {"bundle": tuple(p["bundle"])}) for p in json.loads(picture_file.read_text())]
     if not caption_file.exists():
-        pictures = [Picture(**p | {"bundle": tuple(p["bundle"])}) for p in json.loads(picture_file.read_text())]
         write_atomically(caption_file, lambda f: np.save(f, _captions(pictures, recipe.named, tokenizer, progress)))
-    return np.load(image_file, mmap_mode="r"), np.load(caption_file, mmap_mode="r")
+    family = np.array([p.family for p in pictures])
+    members = [torch.from_numpy(np.flatnonzero(family == name)) for name in FAMILIES]
+    return np.load(image_file, mmap_mode="r"), np.load(caption_file, mmap_mode="r"), members
 
 
 def _captions(pictures, factor, tokenizer, progress) -> np.ndarray:
@@ -148,8 +157,6 @@ def _captions(pictures, factor, tokenizer, progress) -> np.ndarray:
 
 
 def hash_of(configuration) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -249,7 +256,8 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
     recipe = Pretraining(**asdict(recipe) | {k: v for k, v in dict(samples=samples, images=images).items() if v})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = SimpleTokenizer()
-    pictures, captions = corpus(recipe, tokenizer, progress)
+    pictures, captions, members = corpus(recipe, tokenizer, progress)
+    shares = torch.tensor([float(len(m)) for m in members])
 
     rows = np.unique(np.concatenate([np.asarray(captions).ravel(), [0, *_task_tokens(tokenizer)]])).astype(np.int64)
     compact = np.zeros(49408, np.int64)
@@ -283,7 +291,9 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
         lr = learning_rate(recipe, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
-        chosen = torch.randint(len(pictures), (recipe.batch,), generator=generator).numpy()
+        families = torch.multinomial(shares, recipe.families, generator=generator)
+        pool = torch.cat([members[i] for i in families])
+        chosen = pool[torch.randint(len(pool), (recipe.batch,), generator=generator)].numpy()
         which = torch.randint(CAPTIONS, (recipe.batch,), generator=generator).numpy()
         ids = torch.from_numpy(compact[captions[chosen, which]]).to(device)
         x = torch.from_numpy(pictures[chosen]).to(device).permute(0, 3, 1, 2).float() / 255
@@ -304,7 +314,7 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
         if step % 50 == 49:
             losses.append(round(loss.item(), 4))
             bar.set_postfix(loss=f"{np.mean(losses[-10:]):.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
-        if step % 500 == 499 or step == steps - 1:
+        if step % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1 or step == steps - 1:
             spent = seconds + time.perf_counter() - started
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
                          step=step + 1, losses=losses, seconds=spent)  # fmt: skip
@@ -314,8 +324,25 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
                   device=device.type, threads=torch.get_num_threads() if device.type == "cpu" else None,
                   torch=torch.__version__.split("+")[0], loss_every_50_steps=losses)  # fmt: skip
     path = export(model, rows, record, Path(output or ASSETS) / f"{name}.safetensors")
+    record["zero_shot"] = zero_shot_accuracies(name, path)  # of the exported weights, for whoever checks them
+    export(model, rows, record, path)
     os.remove(checkpoint)
     return path
+
+
+def zero_shot_accuracies(name: str, path=None) -> dict[str, float]:
+    """Zero-shot test accuracy in percent of each task, with the task's own template."""
+    from promptkit.clip import FrozenCLIP, zero_shot_features
+    from promptkit.data import MINI_TASKS, features, load_dataset
+    from promptkit.mini_clip import IMAGE_MEAN, IMAGE_STD, build
+
+    clip = FrozenCLIP(build(name, path), name=name, mean=IMAGE_MEAN, std=IMAGE_STD)
+    found = {}
+    for task in map(load_dataset, MINI_TASKS):
+        weights = zero_shot_features(clip, task.classnames, task.template)  # (C, E)
+        right = (features(clip, task.test) @ weights.T).argmax(-1) == task.test.labels
+        found[task.name] = round(100 * right.double().mean().item(), 2)
+    return found
 
 
 def _task_tokens(tokenizer) -> set[int]:

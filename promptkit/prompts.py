@@ -21,14 +21,15 @@ POSITIONS = ("end", "middle", "front")
 class Template:
     """The fixed part of a prompt for a list of classes; calling it with the learned tokens gives the prompt.
 
-    Everything that follows from the names (tokens, positions, embeddings) is computed once, so that a training
-    step only concatenates or gathers.
+    Everything that follows from the names (tokens, positions, embeddings) is computed once, so that a
+    training step only concatenates or gathers.
 
     Args:
         clip (FrozenCLIP): whose tokens and embeddings these are.
         classnames (Sequence[str]): C names; underscores are read as spaces.
-        pattern (Sequence): the segments, in order. An int n: n learned tokens, given at the call. A str: words;
-            "{}" in it stands for the class name and is tokenised jointly with what surrounds it, as in "{}.".
+        pattern (Sequence): the segments, in order. An int n: n learned tokens, given at the call. A str:
+            words; "{}" in it stands for the class name and is tokenised jointly with what surrounds it, as in
+            "{}.".
             A list of C strings: a text for each class. A 1-D long Tensor: token ids.
 
     Raises:
@@ -66,8 +67,8 @@ class Template:
         longest = max(range(C), key=self.lengths.__getitem__)
         if self.lengths[longest] > clip.context_length:
             raise InputError(
-                f"the prompt of class {_short(self.classnames[longest])} takes {self.lengths[longest]} tokens, "
-                f"but the model reads at most {clip.context_length}; shorten the name or the context"
+                f"the prompt of class {_short(self.classnames[longest])} takes {self.lengths[longest]} "
+                f"tokens, but the model reads at most {clip.context_length}; shorten the name or the context"
             )
         self._layouts: dict[tuple[bool, ...], _Layout] = {}
 
@@ -86,14 +87,16 @@ class Template:
         """
         C, D = len(self.classnames), self.clip.width
         if len(tokens) != len(self.slots):
-            raise InputError(f"the template has {len(self.slots)} learned segments, but {len(tokens)} were given")
+            raise InputError(
+                f"the template has {len(self.slots)} learned segments, but {len(tokens)} were given"
+            )
         groups = 1
         for x, length in zip(tokens, self.slots, strict=True):
             fits = x.dim() in (2, 3, 4) and x.shape[-2:] == (length, D)
             if not fits or (x.dim() > 2 and x.shape[-3] not in (1, C)):
                 raise InputError(
-                    f"learned tokens must be ({length}, {D}), ({C}, {length}, {D}) or (groups, 1 or {C}, {length}, "
-                    f"{D}), not {tuple(x.shape)}"
+                    f"learned tokens must be ({length}, {D}), ({C}, {length}, {D}) or "
+                    f"(groups, 1 or {C}, {length}, {D}), not {tuple(x.shape)}"
                 )
             groups = max(groups, x.shape[0] if x.dim() == 4 else 1)
         by_class = tuple(x.dim() > 2 and x.shape[-3] > 1 for x in tokens)
@@ -105,14 +108,16 @@ class Template:
 class _Layout:
     """Where everything stands, given which slots differ by class.
 
-    The sequence is cut into a shared prefix; a head of segments that differ by class but have one length; and a
-    tail, from the first text of varying length on. A tail with slots gathers from a bank of embeddings.
+    The sequence is cut into a shared prefix; a head of segments that differ by class but have one length; and
+    a tail, from the first text of varying length on. A tail with slots gathers from a bank of embeddings.
     """
 
     def __init__(self, clip: FrozenCLIP, items: list, by_class: tuple[bool, ...]):
         C = len(next(item for item in items if not isinstance(item, int)))
         flags = iter(by_class)
-        own = [next(flags) if isinstance(item, int) else any(ids != item[0] for ids in item) for item in items]
+        own = [
+            next(flags) if isinstance(item, int) else any(ids != item[0] for ids in item) for item in items
+        ]
         ragged = [not isinstance(item, int) and len({len(ids) for ids in item}) > 1 for item in items]
         # EOT, the last item, always starts the suffix at the latest.
         cut = next((i for i, differs in enumerate(own) if differs), len(items) - 1)
@@ -122,7 +127,9 @@ class _Layout:
             n += isinstance(item, int)
         last_slot = max((i for i, number in enumerate(slot_numbers) if number is not None), default=-1)
         stop = next((i for i in range(cut, len(items)) if ragged[i]), len(items))
-        if last_slot < stop:  # no slot follows a ragged text, so all that follows the last slot is one constant
+        if (
+            last_slot < stop
+        ):  # no slot follows a ragged text, so all that follows the last slot is one constant
             stop = max(cut, last_slot + 1)
 
         sot = clip.embed([clip.tokenizer.sot_token_id])  # (1, D)
@@ -136,7 +143,7 @@ class _Layout:
         ]
         tail, numbers = items[stop:], slot_numbers[stop:]
         self.tail_slots = [number for number in numbers if number is not None]
-        # Rows of the bank: the distinct fixed tokens, then each slot's rows, class by class if it differs by class.
+        # Rows of the bank: the distinct fixed tokens, then each slot's, class by class if those differ.
         fixed = sorted({t for item in tail if not isinstance(item, int) for ids in item for t in ids})
         row_of, base = {t: i for i, t in enumerate(fixed)}, len(fixed)
         bases = {}
@@ -166,12 +173,12 @@ class _Layout:
         prefix = []
         for part in self.prefix:
             part = tokens[part] if isinstance(part, int) else part
-            part = part.reshape(-1, *part.shape[-2:])  # (1 or G, n, D)
+            part = part[:, 0] if part.dim() == 4 else part  # (n, D), (1, n, D) or (G, n, D)
             prefix.append(part.expand(groups, -1, -1))
         prefix = torch.cat(prefix, dim=1)  # (G, P, D)
         if self.tail_slots:
-            bank = [self.fixed] + [tokens[n].reshape(*tokens[n].shape[:-3], -1, tokens[n].shape[-1]) for n in self.tail_slots]
-            tail = self._gather(bank)
+            learned = [tokens[n] for n in self.tail_slots]
+            tail = self._gather([self.fixed, *(x.flatten(-3, -2) if x.dim() > 2 else x for x in learned)])
         else:
             tail = self.tail
         if not self.head:
@@ -186,7 +193,7 @@ class _Layout:
         groups = max(part.shape[0] if part.dim() == 3 else 1 for part in bank)
         C, T = self.index.shape
         if groups == 1:
-            bank = torch.cat([part.reshape(-1, part.shape[-1]) for part in bank])  # (R, D)
+            bank = torch.cat([part[0] if part.dim() == 3 else part for part in bank])  # (R, D)
             return bank.index_select(0, self.index.reshape(-1)).view(C, T, -1)
         bank = torch.cat([part.expand(groups, -1, -1) for part in bank], dim=1)  # (G, R, D)
         return bank.index_select(1, self.index.reshape(-1)).view(groups, C, T, -1)
@@ -198,8 +205,8 @@ def assemble(clip: FrozenCLIP, classnames: Sequence[str], segments: Sequence) ->
     Args:
         clip (FrozenCLIP): the model.
         classnames (Sequence[str]): C names.
-        segments (Sequence): in order, each a float Tensor of learned tokens, (M, D), (C, M, D), (G, 1, M, D) or
-            (G, C, M, D), or anything fixed that `Template` takes.
+        segments (Sequence): in order, each a float Tensor of learned tokens, (M, D), (C, M, D), (G, 1, M, D)
+            or (G, C, M, D), or anything fixed that `Template` takes.
 
     Returns:
         Prompt: of G groups and C classes.
@@ -297,8 +304,8 @@ class Context(nn.Module):
         """The classes' prompt.
 
         Args:
-            vectors (Tensor | None): instead of `self.vectors`: also (G, 1, M, D) or (G, C, M, D), for contexts that
-                depend on the image.
+            vectors (Tensor | None): instead of `self.vectors`: also (G, 1, M, D) or (G, C, M, D), for
+                contexts that depend on the image.
 
         Returns:
             Prompt: of G groups and C classes.

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from promptkit import data, train
+from promptkit import data, probe, train
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
 from promptkit.method import Method, build, load_method, methods, parse
@@ -43,6 +43,7 @@ from promptkit.results import (
 )  # fmt: skip
 from promptkit.train import PROTOCOLS, History, Recipe, Setting, accuracy, fit
 
+PROBE = "linear-probe"  # the baseline of the few-shot figures: no method, but measured and stored like one
 RECIPE_FIELDS = {f.name for f in dataclasses.fields(Recipe)} - {"hparams"}
 
 
@@ -61,7 +62,7 @@ class Run:
         targets: names or Datasets that a cross-dataset run is tested on.
         shots, seed: training images a class; seed of the draw, of the initial values and of the training
             order.
-        clip: name of a model for :func:`promptkit.load_clip`, or a FrozenCLIP.
+        clip: name of a model for :func:`promptkit.clip.load_clip`, or a FrozenCLIP.
         profile: "smoke", "mini" or "full", see :func:`promptkit.train.for_profile`.
         overrides: fields of the recipe (lr, epochs, ...) and hyperparameters of the method, by name.
         max_steps: stop training after so many steps.
@@ -116,12 +117,12 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """What is about to happen, for people."""
         dataset = self.training_set()
-        learned = self.build(dataset).n_parameters
+        learned = 0 if self.run.method == PROBE else self.build(dataset).n_parameters
         out = {
             "method": f"{self.run.method} {self.recipe.hparams or ''}".strip(),
             "protocol": f"{self.run.protocol}, profile {self.run.profile}",
             "model": f"{self.config['model']} on {self.clip.device}, {self.config['clip']['precision']}",
-            "data": f"{self.source.name}, {len(dataset.classnames)} classes to train on"
+            "data": f"{self.source.name}, {len(dataset.classnames)} classes"
             + (f"; tested on {', '.join(t.name for t in self.targets)}" if self.targets else ""),
         }
         if self.recipe.epochs and learned:
@@ -130,15 +131,16 @@ class Plan:
             out["shots"] = f"{self.run.shots} a class, {images} images; seed {self.run.seed}"
             out["training"] = f"{self.recipe.epochs} epochs, {steps} steps of {min(batch, images)}, "
             out["training"] += f"{self.recipe.optimizer}, learning rate {self.recipe.lr:g}"
-        out["parameters"] = f"{learned:,}"
-        return out
+        if self.run.method == PROBE:
+            learned = len(dataset.classnames) * (self.clip.embed_dim + 1)
+        return out | {"parameters": f"{learned:,}"}
 
 
 def few_shot(method: str, dataset, shots=16, seed=1, clip="mini", **options) -> pd.DataFrame:
     """Train on ``shots`` images of every class and test on all test images.
 
     Args:
-        method: a registered name, or plug-ins around one such as "dept(maple)".
+        method: a registered name, plug-ins around one such as "dept(maple)", or "linear-probe".
         dataset: name of a dataset, or a Dataset.
         shots, seed: training images a class; seed of the draw, of the initial values and of the training
             order.
@@ -210,32 +212,13 @@ def prepare(run: Run) -> Plan:
     Raises:
         InputError: unknown names, or shots, seed or hyperparameters that do not fit.
     """
-    name = parse(run.method)[0]
     for key, least in (("shots", 1), ("seed", 0), ("max_steps", 1)):
         value = getattr(run, key)
         if value is not None and (not isinstance(value, int) or value < least):
             raise InputError(f"{key} must be a whole number from {least}, got {value!r}")
     source = _dataset(run.dataset, run.root)
-    if run.protocol == "domain-generalization":
-        targets = _shifts(source)
-        if not targets:
-            raise InputError(f"{source.name} has no shifted versions to measure domain-generalization on")
-    else:
-        targets = [_dataset(target, run.root) for target in run.targets]
-        if bool(targets) != (run.protocol == "cross-dataset"):
-            raise InputError("a cross-dataset run needs targets to be tested on, and no other run takes any")
-    if source.name in [target.name for target in targets]:
-        raise InputError(f"{source.name} is the source, so it cannot be a target too")
-    zero_shot = methods()[name].kind == "zero-shot"
-    if zero_shot:  # nothing is trained, so nothing about training tells two runs apart
-        hparams = {key: value for key, value in run.overrides.items() if key not in RECIPE_FIELDS}
-        run = replace(run, overrides=hparams, max_steps=None)
-    recipe = train.recipe(run.method, Setting(run.protocol, source.name, run.shots, run.profile))
-    fields = {key: value for key, value in run.overrides.items() if key in RECIPE_FIELDS}
-    hparams = {key: value for key, value in run.overrides.items() if key not in RECIPE_FIELDS}
-    recipe = replace(recipe, **fields, hparams=_merge(recipe.hparams, hparams))
-    if not methods()[name].plugin:
-        methods()[name].check(recipe.hparams)
+    targets = _targets(run, source)
+    run, recipe, zero_shot = _resolve(run, source)
     clip = run.clip
     if not isinstance(clip, FrozenCLIP):
         clip = _clip(clip, run.pretrained, run.device, run.precision)
@@ -260,6 +243,45 @@ def prepare(run: Run) -> Plan:
     return Plan(run, clip, source, targets, recipe, json.loads(json.dumps(config, default=str)))
 
 
+def _targets(run, source):
+    """The datasets that a run is tested on beside its source."""
+    if run.protocol == "domain-generalization":
+        targets = _shifts(source)
+        if not targets:
+            raise InputError(f"{source.name} has no shifted versions to measure domain-generalization on")
+        return targets
+    if bool(run.targets) != (run.protocol == "cross-dataset"):
+        raise InputError("a cross-dataset run needs targets to be tested on, and no other run takes any")
+    targets = [_dataset(target, run.root) for target in run.targets]
+    if source.name in [target.name for target in targets]:
+        raise InputError(f"{source.name} is the source, so it cannot be a target too")
+    return targets
+
+
+def _resolve(run, source):
+    """The run without what does not concern its method, the recipe, and whether it is zero-shot."""
+    setting = Setting(run.protocol, source.name, run.shots, run.profile)
+    if run.method == PROBE:
+        if run.protocol != "few-shot":
+            raise InputError(
+                f"a linear probe knows no new classes: measure it by few-shot, not {run.protocol}"
+            )
+        if run.overrides:
+            raise InputError(f"the linear probe has nothing to set, so not {', '.join(run.overrides)}")
+        return run, Recipe(epochs=0), False
+    method = methods()[parse(run.method)[0]]
+    fields = {key: value for key, value in run.overrides.items() if key in RECIPE_FIELDS}
+    hparams = {key: value for key, value in run.overrides.items() if key not in RECIPE_FIELDS}
+    zero_shot = method.kind == "zero-shot"
+    if zero_shot:  # nothing is trained, so nothing about training tells two runs apart
+        run, fields = replace(run, overrides=hparams, max_steps=None), {}
+    recipe = train.recipe(run.method, setting)
+    recipe = replace(recipe, **fields, hparams=_merge(recipe.hparams, hparams))
+    if not method.plugin:  # a plug-in needs its host for that, so build() checks it
+        method.check(recipe.hparams)
+    return run, recipe, zero_shot
+
+
 def execute(run: Run | Plan, results=None, force=False, progress=True, save=None) -> pd.DataFrame:
     """Run once, store the result and return its rows; a run that is stored already is read and not run again.
 
@@ -275,10 +297,16 @@ def execute(run: Run | Plan, results=None, force=False, progress=True, save=None
     if stored is not None:
         return run_rows(stored)
     began = time.perf_counter()
-    method, history = _trained(plan, results, progress, force)
-    if save:
-        method.save(save)
-    rows = _measure(plan, method)
+    if plan.run.method == PROBE:
+        if save:
+            raise InputError("a linear probe cannot be saved as a method")
+        rows = [_number(plan.source.name, "all", probe.linear_probe(plan.clip, plan.training_set()))]
+        history = History()
+    else:
+        method, history = _trained(plan, results, progress, force)
+        if save:
+            method.save(save)
+        rows = _measure(plan, method)
     record = {
         "config": plan.config,
         "rows": rows,
@@ -389,9 +417,12 @@ def _code(spec):
 
     So a run is made again when a method changes, and not when somebody rewords a comment.
     """
-    digest, (name, host) = hashlib.sha256(), parse(spec)
-    modules = {base.__module__ for base in methods()[name].__mro__}
-    for module in sorted(m for m in modules if m.startswith("promptkit.methods.")) + [train.__name__]:
+    digest, host, modules = hashlib.sha256(), None, [probe.__name__]
+    if spec != PROBE:
+        name, host = parse(spec)
+        modules = {base.__module__ for base in methods()[name].__mro__}
+        modules = sorted(m for m in modules if m.startswith("promptkit.methods.")) + [train.__name__]
+    for module in modules:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):

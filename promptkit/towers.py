@@ -27,8 +27,8 @@ class Prompt:
     """Input of the text tower, before positional embeddings. D is the text width, C the number of classes.
 
     Attributes:
-        prefix (Tensor): (G, P, D), P >= 1, what all classes of a group share: SOS and the context. G is 1, or one
-            group an image.
+        prefix (Tensor): (G, P, D), P >= 1, what all classes of a group share: SOS and the context. G is 1, or
+            one group an image.
         suffix (Tensor): (C, T, D), or (G, C, T, D) when it differs by group: what differs by class (the name,
             ".", EOT), padded to the longest.
         eot (Tensor): (C,) long, position of EOT inside the suffix.
@@ -64,10 +64,10 @@ class Span:
 class Edit:
     """What a method does between the blocks of a tower; the identity until methods are overridden.
 
-    x is (G, P, D) for the prefix that the classes of each group share, (G, c, T, D) for (a chunk of) the classes'
-    suffixes, and (B, N, D) in the image tower; always float32. Every hook must be a pure function of its arguments
-    and the learned parameters: it sees one sequence in several parts, and is called again when activations are
-    recomputed in the backward pass.
+    x is (G, P, D) for the prefix that the classes of each group share, (G, c, T, D) for (a chunk of) the
+    classes' suffixes, and (B, N, D) in the image tower; always float32. Every hook must be a pure function of
+    its arguments and the learned parameters: it sees one sequence in several parts, and is called again when
+    activations are recomputed in the backward pass.
     """
 
     def before(self, layer: int, x: Tensor, span: Span) -> Tensor:
@@ -83,7 +83,8 @@ class Edit:
         return h
 
     def shared(self, layer: int, length: int) -> int:
-        """How many of the first `length` positions are still the same for all classes at the input of `layer`.
+        """How many of the first `length` positions are still the same for all classes at the input of
+        `layer`.
 
         An edit that makes prefix tokens differ by class must say so here, before `before` is called.
         """
@@ -136,8 +137,8 @@ class Replace(Edit):
     Args:
         prompts (Mapping[int, tuple[int, Tensor]]): block -> (start, tokens). The tokens take positions
             start .. start + n - 1 of the full sequence (the image tower's class token is position 0) and are
-            (n, D); in the text tower also (C, n, D) by class or (G, 1 or C, n, D) by group; in the image tower
-            also (B, n, D) by image.
+            (n, D); in the text tower also (C, n, D) by class or (G, 1 or C, n, D) by group; in the image
+            tower also (B, n, D) by image.
     """
 
     def __init__(self, prompts: Mapping[int, tuple[int, Tensor]]):
@@ -178,7 +179,8 @@ def plain_text(model: nn.Module, embeddings: Tensor, eot: Tensor) -> Tensor:
 
     Args:
         model (nn.Module): an `open_clip.CLIP`.
-        embeddings (Tensor): (N, L, D) token embeddings, L at most the context length; padded to it with zeros.
+        embeddings (Tensor): (N, L, D) token embeddings, L at most the context length; padded to it with
+            zeros.
         eot (Tensor): (N,) position of EOT.
 
     Returns:
@@ -188,7 +190,8 @@ def plain_text(model: nn.Module, embeddings: Tensor, eot: Tensor) -> Tensor:
     x = F.pad(embeddings, (0, 0, 0, length - embeddings.shape[1])) + model.positional_embedding  # (N, 77, D)
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
     x = x[torch.arange(len(x), device=x.device), eot]  # (N, D)
-    return model.text_projection(x) if isinstance(model.text_projection, nn.Linear) else x @ model.text_projection
+    project = model.text_projection
+    return project(x) if isinstance(project, nn.Linear) else x @ project
 
 
 class _Block:
@@ -222,9 +225,9 @@ class _Block:
         """The block's output, given its input x and the concatenated heads, both (..., D)."""
         m = self.module
         h = m.ls_1(linear(attended, m.attn.out_proj.weight, m.attn.out_proj.bias))
-        x = x + (branch("attn", h) if branch else h)
+        x = x + (branch("attn", h.float()) if branch else h)
         h = m.ls_2(mlp(self.norm(x, "ln_2"), m.mlp, self.activation))
-        return x + (branch("mlp", h) if branch else h)
+        return x + (branch("mlp", h.float()) if branch else h)
 
 
 def _branch(edit: Edit | None, layer: int, span: Span):
@@ -236,8 +239,8 @@ class TextTower:
 
     Args:
         model (nn.Module): an `open_clip.CLIP` with a causal text tower.
-        budget (int): bytes of activations that may be kept for the backward pass. What does not fit is computed in
-            chunks of classes, and again in the backward pass.
+        budget (int): bytes of activations that may be kept for the backward pass. What does not fit is
+            computed in chunks of classes, and again in the backward pass.
     """
 
     def __init__(self, model: nn.Module, budget: int):
@@ -254,8 +257,9 @@ class TextTower:
             tokens (bool): also return the features of all positions.
 
         Returns:
-            Tensor: (G, C, E), not normalised; with tokens, a pair of it and (G, C, N, E), every position through
-            the final layer norm and projection, where N is the longest sequence up to its EOT; zero after EOT.
+            Tensor: (G, C, E), not normalised; with tokens, a pair of it and (G, C, N, E): every position
+                through the final layer norm and projection, zero after a class's EOT, where N is the longest
+                sequence up to its EOT.
         """
         learns = torch.is_grad_enabled() and (
             edit is not None or prompt.prefix.requires_grad or prompt.suffix.requires_grad
@@ -310,7 +314,7 @@ class TextTower:
         return (features, local) if tokens else features
 
     def _packed(self, prefix, suffix, packing):
-        """Features (G, C, E) in one pass over the rows of the prefix and of all classes, none of them padded."""
+        """Features (G, C, E) in one pass over the rows of the prefix and of all classes, without padding."""
         G, P, D = prefix.shape
         T, position = packing.length, self.model.positional_embedding
         own = suffix[:, :, :T].float() + position[P : P + T]
@@ -324,8 +328,11 @@ class TextTower:
         return self._project(x)
 
     def _prefix(self, x, edit, groups, tokens):
-        """What the classes of each group share: for each block the prefix's keys and values (G, H, n, d), and the
-        states (G, k, D) of those tokens that differ by class from this block on; then, for `tokens`, features."""
+        """What the classes of each group share.
+
+        Returns, for each block, the prefix's keys and values (G, H, n, d) and the states (G, k, D) of those
+        tokens that differ by class from this block on; and, if `tokens`, the features of what stayed shared.
+        """
         x = x.float() + self.model.positional_embedding[: x.shape[1]]  # (G, P, D)
         span = Span(0, groups, None)
         shared = []
@@ -342,7 +349,7 @@ class TextTower:
         return shared, self._project(x) if tokens else None
 
     def _classes(self, x, shared, chunk, edit, span, tokens):
-        """Features (G, c, E) of a chunk of classes, and of all their positions if `tokens`; x is (1 or G, c, T, D)."""
+        """Features (G, c, E) of a chunk of classes, x (1 or G, c, T, D); of all rows too, if `tokens`."""
         states, prefix_features = shared
         P, G, c, T = span.start, len(states[0][0]), *x.shape[1:3]
         x = (x.float() + self.model.positional_embedding[P : P + T]).expand(G, -1, -1, -1)
@@ -373,7 +380,7 @@ class TextTower:
         return linear(x, m.text_projection.t()).float()
 
     def _plan(self, eot, G, P, moved, learns, packable):
-        """Which groups and classes run together: sorted by length, so that little is padded, and within the budget."""
+        """Which groups and classes run together: by length, so that little is padded, within the budget."""
         key = (id(eot), eot._version, G, P, moved, learns, packable, self.budget)
         if key not in self._plans:
             if len(self._plans) >= 64:
@@ -385,17 +392,15 @@ class TextTower:
     def _make_plan(self, eot, G, P, moved, learns, packable):
         D, cpu = self.model.ln_final.normalized_shape[0], eot.device.type == "cpu"
         lengths = [n + 1 for n in eot.tolist()]
-        # Launches dominate on a GPU.
+        # On a GPU launches dominate.
         buckets = _buckets(lengths, moved, overhead=_BUCKET * (1 if cpu else 100) / D**2)
         per_token = len(self.blocks) * 4 * (10 * D + self.blocks[0].heads * (P + max(lengths)))
         tokens_per_group = sum(len(classes) * (length + moved) for classes, length in buckets)
         recompute = learns and G * tokens_per_group * per_token > self.budget
-        if recompute:
-            capacity = self.budget // 4 // per_token
-        elif learns:
-            capacity = G * tokens_per_group
+        if learns:
+            capacity = (self.budget // 4 if recompute else self.budget) // per_token
         else:
-            capacity = min(self.budget, 2**27 if cpu else self.budget) // (4 * 24 * D)
+            capacity = (min(self.budget, 2**27) if cpu else self.budget) // (4 * 24 * D)
         # Packed, the padding costs attention alone.
         padded = len(lengths) * max(lengths)
         if packable and not recompute and padded <= 3 * sum(lengths) and G * sum(lengths) <= capacity:
@@ -463,7 +468,7 @@ class _Plan:
 
 
 def _buckets(lengths: list[int], moved: int, overhead: float) -> list[tuple[list[int], int]]:
-    """Split classes by length so that padding plus `overhead` tokens a bucket is least: [(classes, length)]."""
+    """Classes by length, [(classes, length)], so that padding and `overhead` tokens a bucket are least."""
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         by_length.setdefault(length, []).append(index)
@@ -511,15 +516,16 @@ class ImageTower:
 
         Args:
             images (Tensor): (B, 3, H, W), already normalised by the model's mean and std.
-            prompt (Tensor | None): (n, Dv) or (B, n, Dv), tokens appended after the patches: without positional
-                embedding, through ln_pre like the others.
+            prompt (Tensor | None): (n, Dv) or (B, n, Dv), tokens appended after the patches: without
+                positional embedding, through ln_pre like the others.
             edit (Edit | None): what to change between the blocks.
             tokens (bool): also return the patches' features.
             attention (bool): also return the class token's attention to the patches in the last block.
 
         Returns:
-            Tensor: (B, E), not normalised. With tokens and attention, a tuple of it, the N patch tokens through
-            ln_post and proj (B, N, E), and the attention (B, N), a softmax over all positions averaged over heads.
+            Tensor: (B, E), not normalised. With tokens or attention, a tuple of it, then the N patch tokens
+                through ln_post and proj (B, N, E), then the attention (B, N), a softmax over all positions
+                averaged over heads.
         """
         B = len(images)
         learns = torch.is_grad_enabled() and (
@@ -529,18 +535,20 @@ class ImageTower:
         D, length = self.visual.conv1.out_channels, self.visual.positional_embedding.shape[0] + extra
         per_image = length * 4 * 10 * D * (len(self.blocks) if learns else 2)
         recompute = learns and B * per_image > self.budget
-        if recompute or not learns:
-            budget = self.budget // 4 if learns else min(self.budget, 2**28 if images.device.type == "cpu" else 2**62)
-            step = max(1, budget // per_image)
-        else:
-            step = max(1, B)
+        room = self.budget
+        if recompute:
+            room //= 4
+        elif not learns and images.device.type == "cpu":
+            room = min(room, 2**28)  # larger parts leave the cache
+        step = max(1, room // per_image)
         prompts = prompt.split(step) if prompt is not None and prompt.dim() == 3 else None
         with torch.set_grad_enabled(learns):
             outs = []
             for i, part in enumerate(images.split(step)):
                 groups = slice(i * step, i * step + len(part))
                 own = prompts[i] if prompts else prompt
-                outs.append(_run(recompute, self._images, part, own, edit or Edit(), groups, tokens, attention))
+                args = part, own, edit or Edit(), groups, tokens, attention
+                outs.append(_run(recompute, self._images, *args))
         outs = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*outs, strict=True))
         return outs if len(outs) > 1 else outs[0]
 
@@ -559,8 +567,8 @@ class ImageTower:
             q, k, value = block.split(block.qkv(x))  # (B, H, 1+N+n, d)
             if layer + 1 == len(self.blocks):
                 if attention:
-                    scores = (q[:, :, :1] @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, H, 1, 1+N+n)
-                    weights = scores.softmax(-1)[:, :, 0, 1 : 1 + N].mean(1)  # (B, N)
+                    scores = (q[:, :, :1] @ k.transpose(-1, -2)).float()  # (B, H, 1, 1+N+n)
+                    weights = (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1 : 1 + N].mean(1)  # (B, N)
                 if not every:
                     x, q = x[:, :1], q[:, :, :1]
             attended = F.scaled_dot_product_attention(q, k, value).transpose(1, 2).flatten(2)

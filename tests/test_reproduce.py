@@ -127,6 +127,12 @@ def test_a_failing_chapter_is_reported_and_the_others_go_on(book, capsys):
     assert "02_clip" in shown and "FAILED" in shown and "[2/2] 03_coop" in shown
 
 
+def test_chapters_in_parallel(book):
+    reports = reproduce("02,03", "smoke", output=book / "out", workers=2, progress=False)
+    assert [(report.name, report.error) for report in reports] == [("02_clip", ""), ("03_coop", "")]
+    assert all(printed(report.output)[0] == "smoke" for report in reports)
+
+
 def test_a_dying_kernel_is_a_failure(book):
     path = chapter(book / "notebooks", "03_coop.ipynb", "import os; os._exit(1)")
     report = execute_chapter(Job(path, path, {}, {}))

@@ -86,7 +86,7 @@ def test_groups_are_exact(tiny_clip, mode, position, shape):
 @pytest.mark.parametrize("kind", ["(n, D)", "(G, 1, n, D)"])
 @pytest.mark.parametrize("position", ["end", "middle"])
 def test_deep_text_prompts_are_exact(tiny_clip, mode, kind, position):
-    """At the input of blocks 1 and 2, positions 1..4 are replaced; with the name in the middle they straddle it."""
+    """Blocks 1 and 2 replace positions 1..4, which straddle the name when it is in the middle."""
     G = 3 if kind.startswith("(G") else 1
     vectors, deep = random(G, 1, 4, 32), [random(*((G, 1) if G > 1 else ()), 4, 32, seed=i) for i in (1, 2)]
     context = Context(tiny_clip, NAMES, 4, position=position)
@@ -125,7 +125,7 @@ def test_deep_prompts_of_each_class_are_exact(tiny_clip, mode, shape):
 
 
 class Adapter(Edit):
-    """Adds, token by token, a low-rank function of the block's input to its output; and scales the branches."""
+    """Adds a low-rank function of the block's input to its output, and scales the branches."""
 
     def __init__(self, down, up, scale):
         self.down, self.up, self.scale = down, up, scale
@@ -174,7 +174,10 @@ def test_text_tokens(tiny_clip, mode, groups):
     features, tokens = tiny_clip.text(prompt, tokens=True)
     assert_close(features, tiny_clip.text(prompt), **EXACT)
     model, P = tiny_clip.model, prompt.prefix.shape[1]
-    x = F.pad(prompt.full().flatten(0, 1), (0, 0, 0, 77 - P - prompt.suffix.shape[1])) + model.positional_embedding
+    x = (
+        F.pad(prompt.full().flatten(0, 1), (0, 0, 0, 77 - P - prompt.suffix.shape[1]))
+        + model.positional_embedding
+    )
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask)) @ model.text_projection
     x = x.view(groups, 5, 77, -1)
     assert tokens.shape == (groups, 5, P + prompt.suffix.shape[1], 24)
@@ -262,7 +265,10 @@ def image_mode(request, tiny_clip, monkeypatch):
 @pytest.mark.parametrize("by_image", [False, True])
 def test_image_prompts_are_exact(tiny_clip, image_mode, by_image):
     images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    prompt, deep = random(*((7,) if by_image else ()), 3, 32), random(*((7,) if by_image else ()), 3, 32, seed=1)
+    prompt, deep = (
+        random(*((7,) if by_image else ()), 3, 32),
+        random(*((7,) if by_image else ()), 3, 32, seed=1),
+    )
     features, tokens = tiny_clip.image(images, prompt, Replace({1: (17, deep)}), tokens=True)
     assert features.shape == (7, 24) and tokens.shape == (7, 16, 24)
 
@@ -305,7 +311,7 @@ def test_encode_image_in_chunks(tiny_clip, monkeypatch):
 
 
 def test_many_classes_stay_within_the_budget():
-    """Forward and backward of 4,000 classes: twenty times the budget in activations, a fraction of it in memory."""
+    """Forward and backward of 1,500 classes, whose activations are eight times the budget."""
     code = """
         import resource, open_clip, torch
         from promptkit.clip import FrozenCLIP
@@ -314,7 +320,7 @@ def test_many_classes_stay_within_the_budget():
         model = open_clip.CLIP(24, vision, dict(width=128, heads=2, layers=12), quick_gelu=True)
         clip = FrozenCLIP(model, budget=64 * 2**20)
         prefix = torch.randn(1, 17, 128, requires_grad=True)
-        prompt = Prompt(prefix, torch.randn(4000, 10, 128), torch.arange(4000) % 10)
+        prompt = Prompt(prefix, torch.randn(1500, 10, 128), torch.arange(1500) % 10)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         clip.text(prompt).square().sum().backward()
         assert prefix.grad.abs().max() > 0
@@ -323,9 +329,9 @@ def test_many_classes_stay_within_the_budget():
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-    kept = 4000 * 5.5 * 12 * 10 * 128 * 4  # bytes, if every activation were kept
+    kept = 1500 * 5.5 * 12 * 10 * 128 * 4  # bytes, if every activation were kept
     grown = int(out.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
-    assert kept > 1.3e9 and grown < 0.15 * kept
+    assert grown < 0.3 * kept
 
 
 def test_prompt_full(tiny_clip):

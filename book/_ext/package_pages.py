@@ -1,7 +1,7 @@
 """Fills the API pages: every module of the package gets a section, so that a new file needs no edit here.
 
-In a page, the line ``[modules: promptkit]`` stands for a section for `promptkit` and for each public module below it, and
-``[modules: promptkit -promptkit.methods]`` leaves a subpackage out.
+In a page, the line ``[modules: promptkit]`` stands for a section for `promptkit` and for each public module
+below it, and ``[modules: promptkit -promptkit.methods]`` leaves a subpackage out.
 """
 
 import re
@@ -30,9 +30,11 @@ def rank(name):
 
 
 def modules(root, package, without=None):
-    """Names of the public modules of a package, from its files: autodoc reports those that cannot be imported."""
+    """Names of the public modules of a package, from its files: importing them is left to autodoc."""
     files = (root / package.replace(".", "/")).rglob("*.py")
-    names = [".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    names = [
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in files
+    ]
     names = [name for name in names if not re.search(r"\._", name)]
     if without:
         names = [name for name in names if not f"{name}.".startswith(f"{without}.")]

@@ -295,12 +295,12 @@ def photograph(image: Image.Image, rng, strength: float = 1.0, muted: bool = Fal
     x = np.asarray(small, np.float32) / np.float32(255)
     if muted:
         x = np.float32(0.45) * x + np.float32(0.55) * x.mean(-1, keepdims=True)
-        x = np.float32(0.42) + np.float32(0.5) * (x - x.mean())
+        x = np.float32(0.42) + np.float32(0.65) * (x - x.mean())
     gain, offset = 1 + 0.12 * strength * rng.standard_normal(), 0.06 * strength * rng.standard_normal()
     cast, slope = 0.05 * strength * rng.standard_normal(3), 0.12 * strength * rng.standard_normal(2)
     ramp = np.linspace(-0.5, 0.5, SIZE)
     light = slope[0] * ramp[:, None] + slope[1] * ramp[None]
-    noise = strength * (0.005 + abs(0.03 * rng.standard_normal()) + (0.035 if muted else 0))
+    noise = strength * (0.005 + abs(0.03 * rng.standard_normal()) + (0.02 if muted else 0))
     x = x * np.float32(gain) + (light[..., None] + cast + offset).astype(np.float32)
     x = x + rng.standard_normal(x.shape, dtype=np.float32) * np.float32(noise)
     return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)

@@ -64,7 +64,7 @@ def draw_options(task: str) -> dict:
     """What a task's images ask of `world.draw` beyond its defaults."""
     if task == "objects":
         return dict(scale=(0.85, 1.0), clutter_range=(0, 0))
-    return dict(angle=0.5) if task == "planes" else {}
+    return {"planes": dict(angle=0.5), "actions": dict(scale=(0.8, 1.0)), "sat": dict(strength=0.6)}.get(task, {})
 
 
 def facts(task: Task) -> dict[str, list[str]]:

@@ -654,7 +654,7 @@ FAMILIES = {
     family.name: family
     for family in (
         Thing("thing", ("thing", "object", "toy"), ("a {} on its own.", "the shape of a {}.", "a toy {}."), 0.16, list(THINGS), angle=0.35),
-        Pet("pet", ("pet", "animal", "creature"), ("a photo of a {}, a type of pet.", "my pet {}.", "a {} at home."), 0.13, PETS,
+        Pet("pet", ("pet", "animal", "creature"), ("a photo of a {}, a type of pet.", "my pet {}.", "a {} at home."), 0.1, PETS,
             dict(color=COLOR_WORDS, second=COLOR_WORDS, pattern=("plain", "striped", "dotted", "checkered", "zigzag", "blotchy", "grid"),
                  ears=("pointy", "floppy", "round", "horned", "antenna"), tail=("long", "stubby", "curly"), body=("slim", "plump")),
             distance=3),
@@ -662,20 +662,20 @@ FAMILIES = {
             [f"{brand} {model}" for brand, model in zip([b for b in BRANDS for _ in range(5)], MODELS)],
             dict(style=("sedan", "van", "truck", "roadster", "hatchback"), wheel=("spoked", "solid", "wide"),
                  trim=("plain", "stripe", "two", "rack", "spoiler")), angle=0.12),
-        Flower("flower", ("flower", "blossom", "plant"), ("a photo of a {}, a type of flower.", "a {} in bloom.", "a garden {}."), 0.11, FLOWERS,
+        Flower("flower", ("flower", "blossom", "plant"), ("a photo of a {}, a type of flower.", "a {} in bloom.", "a garden {}."), 0.09, FLOWERS,
             dict(count=(3, 4, 5, 6, 8, 12), form=("round", "pointed", "thin"), petal=COLOR_WORDS, centre=COLOR_WORDS,
                  leaves=("broad", "spiky", "none")), distance=2, angle=0.3),
-        Dish("dish", ("dish", "meal", "food"), ("a photo of {}, a type of food.", "a plate of {}.", "{} for dinner."), 0.10, DISHES,
+        Dish("dish", ("dish", "meal", "food"), ("a photo of {}, a type of food.", "a plate of {}.", "{} for dinner."), 0.07, DISHES,
             dict(form=("round", "square", "bowl", "wedge"), base=COLOR_WORDS, topping=("dots", "strips", "cubes", "swirl", "sprinkles", "slices"),
                  top=COLOR_WORDS), distance=2, angle=3.1),
         Plane("plane", ("plane", "aircraft"), ("a photo of a {}, a type of aircraft.", "a {} in flight.", "the {} from above."), 0.09, PLANES,
             dict(wing=("straight", "swept", "delta"), engines=(0, 2, 4), tail=("plain", "forked", "wide"), body=("long", "short")), angle=0.6),
-        Scene("scene", ("scene", "place", "view"), ("a photo of a {} scene.", "a view of the {}.", "the {} from afar."), 0.06, list(SCENES), angle=0.0),
-        Texture("texture", ("texture", "pattern", "surface"), ("a photo of a {} texture.", "a {} pattern.", "{} fabric."), 0.06, list(TEXTURES)),
-        Satellite("satellite", ("area", "land", "region"), ("a satellite photo of {}.", "{} seen from above.", "an aerial view of {}."), 0.035,
+        Scene("scene", ("scene", "place", "view"), ("a photo of a {} scene.", "a view of the {}.", "the {} from afar."), 0.05, list(SCENES), angle=0.0),
+        Texture("texture", ("texture", "pattern", "surface"), ("a photo of a {} texture.", "a {} pattern.", "{} fabric."), 0.09, list(TEXTURES)),
+        Satellite("satellite", ("area", "land", "region"), ("a satellite photo of {}.", "{} seen from above.", "an aerial view of {}."), 0.06,
                   list(SATELLITE_FACTS), angle=3.1),
-        Action("action", ("person", "figure"), ("a photo of a person {}.", "someone {}.", "a figure {}."), 0.075, list(ACTIONS), angle=0.1),
-        Sign("sign", ("sign",), ("a sign that says {}.", "the word {}.", "{} in large letters."), 0.06, list(THINGS), flip=False),
+        Action("action", ("person", "figure"), ("a photo of a person {}.", "someone {}.", "a figure {}."), 0.12, list(ACTIONS), angle=0.1),
+        Sign("sign", ("sign",), ("a sign that says {}.", "the word {}.", "{} in large letters."), 0.05, list(THINGS), flip=False),
     )
 }  # fmt: skip
 

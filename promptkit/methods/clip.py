@@ -14,15 +14,16 @@ from promptkit.train import Recipe
 class CLIP(Method):
     r"""Score an image x by its cosine with a sentence about each class.
 
-    .. math:: p(y = c \mid x) \propto \exp(s \cos(f(x), w_c)), \qquad w_c = g(\text{"a photo of a [class
-    c]."})
+    .. math::
+        p(y = c \mid x) \propto \exp(s \cos(f(x), w_c)), \qquad w_c = g(\text{"a photo of a [class c]."})
 
     An ensemble of templates is one class feature too: the mean of the normalised features, normalised again.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        template: a sentence with "{}" in place of the class name, or several of them for an ensemble.
+        template: a sentence with "{}" in place of the class name, or several of them for an ensemble. None:
+            that of the dataset it is aimed at, "a photo of a {}." before.
 
     Raises:
         InputError: there is no template, or one lacks "{}".
@@ -35,16 +36,18 @@ class CLIP(Method):
     kind = "zero-shot"
     official_hyperparameters = {"template": "template", "dataset": None, "ensemble_templates": None}
 
-    def __init__(self, clip, classnames, *, template: str | list[str] = "a photo of a {}."):
+    def __init__(self, clip, classnames, *, template: str | list[str] | None = None):
         super().__init__(clip, classnames)
+        self.given = template is not None
+        template = template if self.given else "a photo of a {}."
         templates = [template] if isinstance(template, str) else list(template)
         fine = bool(templates) and all("{}" in t for t in templates)
         expect(fine, "template", template, "one sentence or more, each with {} in place of the class name")
         self.templates = templates
 
     def aim(self, dataset):
-        """Take over the dataset's classes and, unless an ensemble was asked for, its template."""
-        if len(self.templates) == 1:
+        """Take over the dataset's classes and, unless a template was asked for, its template."""
+        if not self.given:
             self.templates = [dataset.template]
             self.hparams["template"] = dataset.template
         super().aim(dataset)

@@ -1,0 +1,267 @@
+"""Prompts hold the right tokens in the right places, for any class names."""
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from promptkit.errors import InputError
+from promptkit.prompts import Context, Template, assemble
+from promptkit.towers import plain_text
+
+NAMES = ["golden retriever", "pug", "St.", "Jack-O-Lantern"]
+SOS, EOT = 49406, 49407
+
+
+def rows(prompt, group=0):
+    """The sequences of a prompt without padding: a list of (n, D)."""
+    full, P = prompt.full()[group], prompt.prefix.shape[1]
+    return [full[c, : P + eot + 1] for c, eot in enumerate(prompt.eot.tolist())]
+
+
+def embedded(clip, *parts):
+    """SOS, parts (text or vectors), EOT: (n, D)."""
+    parts = [clip.embed(clip.encode(part)) if isinstance(part, str) else part for part in parts]
+    return torch.cat([clip.embed([SOS]), *parts, clip.embed([EOT])])
+
+
+def test_end_middle_front(tiny_clip):
+    """The layouts of CoOp; with an odd length the longer half follows the name."""
+    for position in ("end", "middle", "front"):
+        context = Context(tiny_clip, NAMES, 5, position=position)
+        v = context.vectors
+        assert v.shape == (5, 32)
+        for name, row in zip(NAMES, rows(context.prompt()), strict=True):
+            expected = {
+                "end": [v, name + "."],
+                "middle": [v[:2], name, v[2:], "."],
+                "front": [name, v, "."],
+            }[position]
+            assert_close(row, embedded(tiny_clip, *expected), rtol=0, atol=0)
+    assert Context(tiny_clip, NAMES, 5).prompt().prefix.shape == (1, 6, 32)
+    assert Context(tiny_clip, NAMES, 5, position="middle").prompt().prefix.shape == (1, 3, 32)
+
+
+def test_class_specific(tiny_clip):
+    for position in ("end", "middle", "front"):
+        context = Context(tiny_clip, NAMES, 4, position=position, class_specific=True)
+        assert context.vectors.shape == (4, 4, 32)
+        for name, v, row in zip(NAMES, context.vectors, rows(context.prompt()), strict=True):
+            expected = {
+                "end": [v, name + "."],
+                "middle": [v[:2], name, v[2:], "."],
+                "front": [name, v, "."],
+            }[position]
+            assert_close(row, embedded(tiny_clip, *expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_vectors_of_groups(tiny_clip, position):
+    """Contexts of an image, and of an image and class, stand where the learned ones would."""
+    context = Context(tiny_clip, NAMES, 4, position=position)
+    for shape in ((3, 1, 4, 32), (3, 4, 4, 32)):
+        vectors = torch.randn(shape)
+        prompt = context.prompt(vectors)
+        assert len(prompt.prefix) == 3
+        for g in range(3):
+            for c, row in enumerate(rows(prompt, g)):
+                alone = context.prompt(vectors[g, c if shape[1] > 1 else 0])
+                assert_close(row, rows(alone)[c], rtol=0, atol=0)
+
+
+def test_words(tiny_clip):
+    context = Context(tiny_clip, NAMES, 16, words="a photo of a", class_specific=True)
+    assert context.vectors.shape == (4, 32) and not context.class_specific
+    oracle = tiny_clip.encode_text([f"a photo of a {name}." for name in NAMES])
+    assert_close(tiny_clip.text(context.prompt())[0], oracle)
+    assert_close(Context(tiny_clip, NAMES, words="a_photo_of_a").vectors, context.vectors)
+    assert Context(tiny_clip, NAMES, 3, words="").vectors.shape == (3, 32)
+
+
+def test_words_of_several_tokens(tiny_clip):
+    """As many words as vectors; further tokens stay fixed behind the context, so the sentence is whole."""
+    words = "an itap-style photograph"
+    ids = tiny_clip.encode(words)
+    assert len(ids) > 3
+    context = Context(tiny_clip, NAMES, words=words)
+    assert context.vectors.shape == (3, 32)
+    for name, row in zip(NAMES, rows(context.prompt()), strict=True):
+        assert_close(row, embedded(tiny_clip, f"{words} {name}."), rtol=0, atol=0)
+    front = rows(Context(tiny_clip, NAMES, words=words, position="front").prompt())
+    assert_close(front[1], embedded(tiny_clip, f"pug {words} ."), rtol=0, atol=0)
+
+
+def test_random_initialisation(tiny_clip):
+    first, second = (
+        Context(tiny_clip, NAMES, 16, std=0.02, generator=torch.Generator().manual_seed(3)).vectors
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert abs(first.std().item() - 0.02) < 0.003 and abs(first.mean().item()) < 0.003
+    assert not torch.equal(first, Context(tiny_clip, NAMES, 16).vectors)
+
+
+def test_state_holds_the_vectors_alone(tiny_clip):
+    context = Context(tiny_clip, NAMES)
+    assert list(context.state_dict()) == ["vectors"]
+    assert [name for name, _ in context.named_parameters()] == ["vectors"]
+
+
+def test_set_classes(tiny_clip):
+    context = Context(tiny_clip, NAMES, 4)
+    before = rows(context.prompt())
+    context.set_classes(["red_panda", *NAMES])
+    after = rows(context.prompt())
+    assert len(after) == 5
+    for a, b in zip(before, after[1:], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(after[0], embedded(tiny_clip, context.vectors, "red panda."))
+    specific = Context(tiny_clip, NAMES, 4, class_specific=True)
+    specific.set_classes(NAMES)
+    for others in (NAMES[:2], NAMES[::-1]):
+        with pytest.raises(InputError, match="class-specific context of 4 classes"):
+            specific.set_classes(others)
+
+
+def test_segments_of_every_kind(tiny_clip):
+    """Attributes between learned tokens, texts of each class, token ids: as one sentence."""
+    a, b, c = torch.randn(2, 32), torch.randn(4, 1, 32), torch.randn(3, 32)
+    ids = torch.tensor(tiny_clip.encode("shape"))
+    texts = ["a dog", "a dog", "a street", "a lamp made of a pumpkin"]
+    prompt = assemble(tiny_clip, NAMES, [a, "color", b, ids, "{}, which is", texts, c, "."])
+    # The comma joins the class name's own punctuation: "St.," is tokenised as a whole.
+    for i, (name, row) in enumerate(zip(NAMES, rows(prompt), strict=True)):
+        expected = embedded(tiny_clip, a, "color", b[i], "shape", f"{name}, which is", texts[i], c, ".")
+        assert_close(row, expected, rtol=0, atol=0)
+    assert prompt.prefix.shape == (1, 4, 32)  # SOS, a, "color": b differs by class
+
+
+def test_prompt_without_names(tiny_clip):
+    prompt = assemble(tiny_clip, ["one", "two"], ["a photo"])
+    assert prompt.prefix.shape == (1, 3, 32) and prompt.suffix.shape == (2, 1, 32)
+    assert_close(tiny_clip.text(prompt)[0], tiny_clip.encode_text(["a photo"] * 2))
+
+
+def test_template_is_reused(tiny_clip):
+    """A step only concatenates: the suffix of a shared context at the end is one constant tensor."""
+    template = Template(tiny_clip, NAMES, [3, "{}."])
+    first, second = template(torch.zeros(3, 32)), template(torch.ones(3, 32))
+    assert first.suffix is second.suffix and first.eot is second.eot
+
+
+def test_gradients_reach_every_slot(tiny_clip):
+    a, b = torch.randn(2, 32, requires_grad=True), torch.randn(4, 3, 32, requires_grad=True)
+    prompt = assemble(tiny_clip, NAMES, [a, "{}", b, a, "."])
+    oracle = plain_text(tiny_clip.model, prompt.full()[0], prompt.eot + prompt.prefix.shape[1])
+    weights = torch.randn_like(oracle)
+    ours = torch.autograd.grad(tiny_clip.text(prompt)[0], (a, b), weights, retain_graph=True)
+    plain = torch.autograd.grad(oracle, (a, b), weights)
+    for x, y in zip(ours, plain, strict=True):
+        assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+
+
+names = st.text(min_size=1, max_size=30).filter(lambda s: s.replace("_", " ").strip()) | st.sampled_from(
+    [
+        "737-800",
+        "Jack-O-Lantern",
+        "d'Artagnan's",
+        "café crème",
+        "東京タワー",
+        "🙂🙂",
+        "a_b",
+        "&amp;",
+        "...",
+        "x" * 30,
+    ]
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(names, min_size=1, max_size=5), st.sampled_from(["end", "middle", "front"]), st.integers(1, 5)
+)
+def test_any_names(tiny_clip, classnames, position, length):
+    """Any names at any position: the features of the plain pass over the tokens of their sentences."""
+    try:
+        context = Context(tiny_clip, classnames, length, position=position)
+    except InputError as error:
+        assert "tokens" in str(error)
+        return
+    prompt = context.prompt()
+    ours = tiny_clip.text(prompt)[0]
+    texts = [name.replace("_", " ") for name in classnames]
+    v, half = context.vectors, length // 2
+    for text, row, feature in zip(texts, rows(prompt), ours, strict=True):
+        parts = {"end": [v, text + "."], "middle": [v[:half], text, v[half:], "."], "front": [text, v, "."]}[
+            position
+        ]
+        expected = embedded(tiny_clip, *parts)
+        assert_close(row, expected, rtol=0, atol=0)
+        oracle = plain_text(tiny_clip.model, expected[None], torch.tensor([len(expected) - 1]))[0]
+        assert_close(feature, oracle, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(names, min_size=1, max_size=5))
+def test_any_sentence(tiny_clip, classnames):
+    """A template around any name, tokenised jointly, is open_clip's own encoding of the sentence."""
+    texts = ["a photo of a {}, a type of pet.".replace("{}", name.replace("_", " ")) for name in classnames]
+    try:
+        prompt = assemble(tiny_clip, classnames, ["a photo of a {}, a type of pet."])
+    except InputError as error:
+        assert "tokens" in str(error)
+        return
+    oracle = tiny_clip.model.encode_text(open_clip.tokenize(texts))
+    assert_close(tiny_clip.text(prompt)[0], oracle, rtol=1e-4, atol=1e-4)
+    assert_close(tiny_clip.encode_text(texts), oracle, rtol=1e-4, atol=1e-4)
+
+
+def test_name_too_long(tiny_clip):
+    long = "a very " * 30 + "long name"
+    with pytest.raises(InputError, match=r"'a very a very .*\.\.\.' takes 81 tokens.* at most 77"):
+        Context(tiny_clip, ["dog", long], 16)
+    fits = "very " * 70
+    Context(tiny_clip, ["dog", fits], 4)  # SOS, 4, 70, ".", EOT
+    with pytest.raises(InputError, match="takes 78 tokens"):
+        Context(tiny_clip, ["dog", fits], 5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(position="back"), "unknown position 'back'; .*end, middle, front"),
+        (dict(length=0), "at least one token, not length=0"),
+    ],
+)
+def test_bad_contexts(tiny_clip, arguments, message):
+    with pytest.raises(InputError, match=message):
+        Context(tiny_clip, NAMES, **arguments)
+
+
+def test_bad_names(tiny_clip):
+    for bad, message in (
+        ([], "empty"),
+        (["dog", " "], "class name 1 is empty"),
+        ("dog", "not the string"),
+        ([1], "not 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Context(tiny_clip, bad)
+    with pytest.raises(InputError, match="contains a marker"):
+        assemble(tiny_clip, NAMES, ["a <end_of_text> b", "{}"])
+
+
+def test_bad_segments(tiny_clip):
+    v = torch.randn(3, 32)
+    for segments, message in (
+        ([v[:, :8], "{}."], "must be .3, 32., .4, 3, 32."),
+        ([v.expand(2, -1, -1), "{}."], "not .2, 3, 32."),
+        ([v, ["one", "two"]], "2 texts for 4 classes"),
+        ([None, "{}."], "not None"),
+    ):
+        with pytest.raises(InputError, match=message):
+            assemble(tiny_clip, NAMES, segments)
+    with pytest.raises(InputError, match="1 learned segments, but 0"):
+        Template(tiny_clip, NAMES, [3, "{}."])()
