@@ -54,9 +54,7 @@ CASES = {
     "mini": Case("CoOp, mini CLIP, 20 classes, 16 tokens", "mini", 20, 16, repeats=30),
     "many": Case("CoOp, ViT-B/16, 20,000 classes, 16 tokens", "ViT-B-16-quickgelu", 20_000, 16, 1, 1, False),
 }
-KINDS = (
-    "small large old young red blue wooden wild striped spotted plastic toy painted broken wet dark".split()
-)
+KINDS = "small large old young red blue wooden wild striped spotted plastic toy painted broken wet dark".split()
 
 MORE = "bright round metal paper golden".split()
 
@@ -99,9 +97,7 @@ def plain(clip, context, shift, features, labels):
         prompt = context.prompt(vectors)
         text = plain_text(clip.model, prompt.full()[0], prompt.eot + prompt.prefix.shape[1])
         if len(shift) > 1:
-            loss_of(text[None].expand(2, -1, -1)[:1], features[i : i + 1], labels[i : i + 1]).div(
-                len(shift)
-            ).backward()
+            loss_of(text[None].expand(2, -1, -1)[:1], features[i : i + 1], labels[i : i + 1]).div(len(shift)).backward()
         else:
             loss_of(text[None], features, labels).backward()
 
@@ -144,9 +140,7 @@ def main() -> None:
         return measure(CASES[args.cases[0]], args.side, args.out)
 
     title = f"One step, forward and backward; {args.threads} thread(s), torch {torch.__version__}"
-    table = Table(
-        "case", "ours", "plain", "faster", "peak, ours", "peak, plain", "gradients apart", title=title
-    )
+    table = Table("case", "ours", "plain", "faster", "peak, ours", "peak, plain", "gradients apart", title=title)
     figures = {}
     for name in args.cases or CASES:
         case, a = CASES[name], run(name, "ours")

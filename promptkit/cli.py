@@ -79,9 +79,7 @@ def _grid(columns, **options):
 
 
 def _option(kind, text, *names, **more):
-    return Annotated[
-        kind, typer.Option(*names, help=text, show_default=more.pop("show_default", False), **more)
-    ]
+    return Annotated[kind, typer.Option(*names, help=text, show_default=more.pop("show_default", False), **more)]
 
 
 Results = _option(Path | None, "Folder of stored runs; default: $PROMPTKIT_RESULTS, else ./results.")
@@ -134,9 +132,7 @@ def _describe(cls):
     )
 )
 def run(
-    method: Annotated[
-        str, typer.Argument(help="A name of 'promptkit list'; a plug-in takes its host in brackets.")
-    ],
+    method: Annotated[str, typer.Argument(help="A name of 'promptkit list'; a plug-in takes its host in brackets.")],
     data: _option(str, "Datasets to train on, separated by commas, or all.", show_default=True) = "mini",
     protocol: _option(
         str, "few-shot, base-to-new, cross-dataset or domain-generalization.", show_default=True
@@ -145,9 +141,7 @@ def run(
     seeds: _option(str, "One seed or several.", "--seeds", "--seed", show_default=True) = "1",
     targets: _option(str, "Datasets that cross-dataset tests on; default: all but the source.") = "all",
     profile: Profile = "mini",
-    model: _option(
-        str | None, "mini, mini-teacher or any ViT of open_clip; default: mini, for full ViT-B-16."
-    ) = None,
+    model: _option(str | None, "mini, mini-teacher or any ViT of open_clip; default: mini, for full ViT-B-16.") = None,
     pretrained: _option(str | None, "Weights of an open_clip model: a tag such as openai, or a file.") = None,
     precision: _option(str, "fp32, bf16 or fp16.", show_default=True) = "fp32",
     settings: _option(
@@ -160,9 +154,7 @@ def run(
     epochs: _option(int | None, "Epochs; default: the recipe's.") = None,
     batch_size: _option(int | None, "Images a step; default: the recipe's.") = None,
     max_steps: MaxSteps = None,
-    save: _option(
-        Path | None, "Write the trained method to this .safetensors file; for one run only."
-    ) = None,
+    save: _option(Path | None, "Write the trained method to this .safetensors file; for one run only.") = None,
     results: Results = None,
     force: _option(bool, "Run again what is stored.", "--force") = False,
     workers: Workers = 1,
@@ -188,9 +180,7 @@ def run(
         max_steps=max_steps, root=None if root is None else str(root), device=device, overrides=overrides,
     )  # fmt: skip
     if save and len(plans) > 1:
-        raise InputError(
-            "--save keeps one trained method: give one dataset, one number of shots and one seed"
-        )
+        raise InputError("--save keeps one trained method: give one dataset, one number of shots and one seed")
     _announce(plans)
     try:
         if save:
@@ -286,9 +276,7 @@ def reproduce(
         "Folder for executed notebooks; default: mini refreshes them in place, others go to reproduced/.",
     ) = None,
     folder: _option(Path, "Folder of the chapters.", "--notebooks", show_default=True) = Path("notebooks"),
-    fan_out: _option(
-        bool, "First one execution a dataset and seed, to spread a long run.", "--fan-out"
-    ) = False,
+    fan_out: _option(bool, "First one execution a dataset and seed, to spread a long run.", "--fan-out") = False,
     workers: Workers = 1,
     scheduler: Scheduler = None,
     results: Results = None,
@@ -317,9 +305,7 @@ def reproduce(
 
 
 @app.command(
-    epilog=_examples(
-        "leaderboard", "leaderboard --protocol base-to-new --data pets", "leaderboard --csv > all.csv"
-    )
+    epilog=_examples("leaderboard", "leaderboard --protocol base-to-new --data pets", "leaderboard --csv > all.csv")
 )
 def leaderboard(
     results: Results = None,
@@ -386,9 +372,7 @@ def _number(cell):
     return f"{cell['mean']:.2f}" + ("" if half != half else f" ± {half:.2f}")  # NaN: one seed has no interval
 
 
-@app.command(
-    epilog=_examples("pretrain", "pretrain --model mini-teacher --device cuda", "pretrain --no-resume")
-)
+@app.command(epilog=_examples("pretrain", "pretrain --model mini-teacher --device cuda", "pretrain --no-resume"))
 def pretrain(
     model: _option(str, "mini or mini-teacher.", show_default=True) = "mini",
     output: _option(Path | None, "Folder for the weights; default: the package's own.") = None,

@@ -77,9 +77,7 @@ class FrozenCLIP(nn.Module):
         self.name, self.pretrained, self.precision = name, pretrained, precision
         vocabulary = model.token_embedding.num_embeddings
         if self.tokenizer.eot_token_id >= vocabulary:
-            raise InputError(
-                f"the tokenizer has more entries than the {vocabulary} of model {name!r}; pass its own"
-            )
+            raise InputError(f"the tokenizer has more entries than the {vocabulary} of model {name!r}; pass its own")
         self.width = model.ln_final.normalized_shape[0]
         self.vision_width = model.visual.conv1.out_channels
         self.embed_dim = model.visual.proj.shape[1]
@@ -188,8 +186,7 @@ class FrozenCLIP(nn.Module):
         size = self.model.visual.image_size
         if images.dim() != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != tuple(size):
             raise InputError(
-                f"images must be (B, 3, {size[0]}, {size[1]}) for model {self.name!r}, "
-                f"not {tuple(images.shape)}"
+                f"images must be (B, 3, {size[0]}, {size[1]}) for model {self.name!r}, not {tuple(images.shape)}"
             )
         if not images.is_floating_point():
             raise InputError(f"images must be normalised floating-point numbers, not {images.dtype}")
@@ -277,9 +274,7 @@ def check_classnames(classnames: Iterable[str], allow_duplicates: bool = False) 
         seen: dict[str, int] = {}
         for position, name in enumerate(names):
             if seen.setdefault(name, position) != position:
-                raise InputError(
-                    f"class name {name!r} appears twice, at positions {seen[name]} and {position}"
-                )
+                raise InputError(f"class name {name!r} appears twice, at positions {seen[name]} and {position}")
     return names
 
 
@@ -338,9 +333,7 @@ def load_clip(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in MINI:
         if pretrained is not None:
-            raise InputError(
-                f"model {name!r} comes with its weights; leave out pretrained={str(pretrained)!r}"
-            )
+            raise InputError(f"model {name!r} comes with its weights; leave out pretrained={str(pretrained)!r}")
         from promptkit.mini_clip import build
 
         return FrozenCLIP(build(name).to(device), name=name, precision=precision)
@@ -355,9 +348,7 @@ def load_clip(
         )
     model = _create(name, os.fspath(pretrained), tags)
     tokenizer = open_clip.get_tokenizer(name)
-    return FrozenCLIP(
-        model.to(device), tokenizer, name=name, pretrained=os.fspath(pretrained), precision=precision
-    )
+    return FrozenCLIP(model.to(device), tokenizer, name=name, pretrained=os.fspath(pretrained), precision=precision)
 
 
 def _create(name: str, pretrained: str, tags: list[str]) -> open_clip.CLIP:
@@ -369,9 +360,7 @@ def _create(name: str, pretrained: str, tags: list[str]) -> open_clip.CLIP:
         try:
             return open_clip.create_model(name, pretrained, force_quick_gelu=quick)
         except Exception as error:  # whatever the network, the hub or the file may raise
-            raise InputError(
-                f"the weights {pretrained!r} of model {name!r} could not be loaded: {error}"
-            ) from error
+            raise InputError(f"the weights {pretrained!r} of model {name!r} could not be loaded: {error}") from error
     looks_like_file = path.suffix or len(path.parts) > 1 or path.exists()
     if not looks_like_file:
         raise unknown(f"weights of model {name!r}:", pretrained, tags)
@@ -404,11 +393,7 @@ def _is_torchscript(path: Path) -> bool:
 def _check_config(name: str) -> None:
     """Refuse a model that cannot serve before its weights are fetched."""
     config = open_clip.get_model_config(name)
-    if (
-        config.pop("custom_text", False)
-        or "hf_model_name" in config["text_cfg"]
-        or "multimodal_cfg" in config
-    ):
+    if config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config:
         raise InputError(f"model {name!r} cannot serve: it has a text tower of another kind; {_ADVICE}")
     if "timm_model_name" in config["vision_cfg"]:
         raise InputError(f"model {name!r} cannot serve: its image tower is timm's; {_ADVICE}")

@@ -7,7 +7,10 @@ from pathlib import Path
 
 def cache_folder(name: str = "") -> Path:
     """$PROMPTKIT_CACHE, or promptkit in the user's cache folder; made if missing."""
-    base = os.environ.get("PROMPTKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "promptkit"
+    base = (
+        os.environ.get("PROMPTKIT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "promptkit"
+    )
     folder = Path(base) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

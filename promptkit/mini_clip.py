@@ -26,10 +26,12 @@ def untouched_rows(width: int) -> torch.Tensor:
 
 
 def export(model, rows: np.ndarray, record: dict, path) -> Path:
-    """Write a model trained on the compact vocabulary `rows` as NAME.safetensors (float16) and its record as NAME.json."""
+    """Write a model trained on the compact vocabulary `rows` (float16) and, as JSON beside it, how it was made."""
     from safetensors.torch import save
 
-    state = {name: p.detach().cpu().half().contiguous() for name, p in model.state_dict().items() if name != "attn_mask"}
+    state = {
+        name: p.detach().cpu().half().contiguous() for name, p in model.state_dict().items() if name != "attn_mask"
+    }
     state["token_embedding.rows"] = torch.from_numpy(rows.astype(np.int32))
     path = Path(path)
     write_atomically(path, lambda f: f.write(save(state)))

@@ -55,9 +55,7 @@ def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=N
     with style():
         rows = -(-len(panels) // columns)
         size = (3.1 * min(columns, len(panels)), 2.5 * rows + 0.5)
-        figure, axes = plt.subplots(
-            rows, min(columns, len(panels)), figsize=size, squeeze=False, layout="constrained"
-        )
+        figure, axes = plt.subplots(rows, min(columns, len(panels)), figsize=size, squeeze=False, layout="constrained")
         colours = sns.color_palette("colorblind", len(methods))
         for axis, panel in zip(axes.flat, panels, strict=False):
             cells = table[(table["dataset"] == panel) & (table["split"] == "all")]
@@ -123,9 +121,7 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
                 hatch=HATCHES[i],
                 label=title,
             )
-            axis.errorbar(
-                x, cells["mean"], yerr=_errors(cells), fmt="none", ecolor="black", capsize=3, linewidth=1
-            )
+            axis.errorbar(x, cells["mean"], yerr=_errors(cells), fmt="none", ecolor="black", capsize=3, linewidth=1)
             top = cells["mean"].where(cells["high"].isna(), cells["high"])
             for at, height, value in zip(x, top, cells["mean"], strict=True):
                 if np.isfinite(value):
@@ -209,13 +205,9 @@ def similarity_map(matrix, rows, columns, title="", unit="cosine similarity", di
     """
     matrix = np.asarray(matrix, float)
     if matrix.shape != (len(rows), len(columns)):
-        raise InputError(
-            f"{matrix.shape} similarities do not match {len(rows)} rows and {len(columns)} columns"
-        )
+        raise InputError(f"{matrix.shape} similarities do not match {len(rows)} rows and {len(columns)} columns")
     with style():
-        figure, axis = plt.subplots(
-            figsize=(1.8 + 0.6 * len(columns), 1.2 + 0.38 * len(rows)), layout="constrained"
-        )
+        figure, axis = plt.subplots(figsize=(1.8 + 0.6 * len(columns), 1.2 + 0.38 * len(rows)), layout="constrained")
         sns.heatmap(
             matrix, annot=matrix.size <= 400, fmt=f".{digits}f", cmap="gray_r", xticklabels=columns,
             yticklabels=rows, linewidths=0.5, cbar_kws={"label": unit}, annot_kws={"fontsize": 7}, ax=axis,

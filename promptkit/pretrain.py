@@ -24,11 +24,18 @@ from promptkit.data.world import FAMILIES, Picture, caption, draw, exposure, ran
 from promptkit.errors import InputError, unknown
 from promptkit.files import cache_folder, write_atomically
 
-WORLD_SEED = 20210302
-STYLED = ("thing", "pet", "car", "flower", "dish", "plane")  # families that also appear as sketches and renditions
+WORLD_SEED = 20210303
+STYLED = (
+    "thing",
+    "pet",
+    "car",
+    "flower",
+    "dish",
+    "plane",
+)  # families that also appear as sketches and renditions
 NAMED = {  # captions that name a class, per class (geometric mean) and million of samples: the knob of the mini world
-    "thing": 200, "pet": 80, "car": 320, "flower": 75, "dish": 70, "plane": 320, "scene": 70, "texture": 190,
-    "satellite": 180, "action": 240,
+    "thing": 240, "pet": 55, "car": 400, "flower": 55, "dish": 55, "plane": 400, "scene": 60, "texture": 240,
+    "satellite": 130, "action": 300,
 }  # fmt: skip
 CAPTIONS = 8  # captions drawn for each image
 LONGEST = 48  # tokens of a caption that are kept
@@ -44,7 +51,6 @@ class Pretraining:
     named: float = 1.0
     images: int = 110_000
     batch: int = 192
-    families: int = 3  # a batch is drawn from so many, so that most of its negatives are of the same kind of thing
     lr: float = 1.5e-3
     warmup: int = 100  # steps
     decay: float = 0.45  # last part of the run, cosine to zero
@@ -61,7 +67,7 @@ RECIPES = {
             vision_cfg=dict(image_size=48, patch_size=8, width=128, layers=6, head_width=32),
             text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=4, layers=4),
         ),
-        samples=600_000,
+        samples=800_000,
     ),
     "mini-teacher": Pretraining(
         dict(
@@ -69,8 +75,8 @@ RECIPES = {
             vision_cfg=dict(image_size=48, patch_size=8, width=160, layers=7, head_width=32),
             text_cfg=dict(context_length=77, vocab_size=49408, width=160, heads=5, layers=4),
         ),
-        samples=700_000,
-        named=1.5,
+        samples=480_000,
+        named=3.0,
     ),
 }
 
@@ -82,11 +88,13 @@ def _draw_one(index: int) -> tuple[np.ndarray, Picture]:
     """Image number `index` of the pre-training world, a pure function of its number."""
     rng = random_generator(WORLD_SEED, index)
     families = list(FAMILIES.values())
-    family = families[rng.choice(len(families), p=np.array([f.share for f in families]) / sum(f.share for f in families))]
+    family = families[
+        rng.choice(len(families), p=np.array([f.share for f in families]) / sum(f.share for f in families))
+    ]
     unnamed = family.attributes and rng.random() < 0.35
     label = -1 if unnamed else int(rng.integers(len(family.names)))
     style = ("sketch", "rendition", "")[min(2, int(rng.random() / 0.055))] if family.name in STYLED else ""
-    return draw(family.name, label, rng, deviation=0.12, scale=(0.5, 1.0), clutter_range=(0, 3), style=style)
+    return draw(family.name, label, rng, deviation=0.12, scale=(0.6, 1.0), clutter_range=(0, 3), style=style)
 
 
 def _draw_many(indices) -> tuple[np.ndarray, list[Picture]]:
@@ -111,15 +119,17 @@ def noise_words(tokenizer) -> list[str]:
     return words
 
 
-def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
+def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, np.ndarray]:
     """The pre-training world, cached on disk.
 
-    Returns: images (N, 48, 48, 3) uint8; token ids (N, CAPTIONS, LONGEST) uint16 padded with 0; the images' numbers,
-        family by family.
+    Returns: images (N, 48, 48, 3) uint8, and token ids (N, CAPTIONS, LONGEST) uint16 padded with 0.
     """
     folder = cache_folder("pretraining")
     stem = f"{WORLD_SEED}-{recipe.images}"
-    image_file, caption_file = folder / f"{stem}-images.npy", folder / f"{stem}-{hash_of([NAMED, recipe.named])}-captions.npy"
+    image_file, caption_file = (
+        folder / f"{stem}-images.npy",
+        folder / f"{stem}-{hash_of([NAMED, recipe.named])}-captions.npy",
+    )
     picture_file = folder / f"{stem}-pictures.json"
     if not (image_file.exists() and picture_file.exists()):
         jobs = np.array_split(np.arange(recipe.images), max(1, recipe.images // 200))
@@ -130,12 +140,10 @@ def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, n
                 pictures += what
         write_atomically(picture_file, lambda f: f.write(json.dumps([asdict(p) for p in pictures]).encode()))
         write_atomically(image_file, lambda f: np.save(f, np.concatenate(images)))
-    pictures = [Picture(**p | {"bundle": tuple(p["bundle"])}) for p in json.loads(picture_file.read_text())]
     if not caption_file.exists():
+        pictures = [Picture(**p | {"bundle": tuple(p["bundle"])}) for p in json.loads(picture_file.read_text())]
         write_atomically(caption_file, lambda f: np.save(f, _captions(pictures, recipe.named, tokenizer, progress)))
-    family = np.array([p.family for p in pictures])
-    members = [torch.from_numpy(np.flatnonzero(family == name)) for name in FAMILIES]
-    return np.load(image_file, mmap_mode="r"), np.load(caption_file, mmap_mode="r"), members
+    return np.load(image_file, mmap_mode="r"), np.load(caption_file, mmap_mode="r")
 
 
 def _captions(pictures, factor, tokenizer, progress) -> np.ndarray:
@@ -164,7 +172,11 @@ def hash_of(configuration) -> str:
 
 
 def _attention(attn, x, mask):  # x: (N, n, D)
-    q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        .unflatten(-1, (3, attn.num_heads, -1))
+        .permute(2, 0, 3, 1, 4)
+    )
     if x.device.type == "cpu":  # the fused kernel's backward is ten times slower in bf16 there
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         out = (scores if mask is None else scores + mask).softmax(-1) @ v
@@ -256,8 +268,7 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
     recipe = Pretraining(**asdict(recipe) | {k: v for k, v in dict(samples=samples, images=images).items() if v})
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = SimpleTokenizer()
-    pictures, captions, members = corpus(recipe, tokenizer, progress)
-    shares = torch.tensor([float(len(m)) for m in members])
+    pictures, captions = corpus(recipe, tokenizer, progress)
 
     rows = np.unique(np.concatenate([np.asarray(captions).ravel(), [0, *_task_tokens(tokenizer)]])).astype(np.int64)
     compact = np.zeros(49408, np.int64)
@@ -270,7 +281,10 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
     others = [p for n, p in model.named_parameters() if (p.ndim <= 1 or "embedding" in n) and n != "logit_scale"]
     groups = [(matrices, recipe.weight_decay, 1), (others, 0.0, 1), ([model.logit_scale], 0.0, 8)]
     optimizer = torch.optim.AdamW(
-        [dict(params=p, weight_decay=w, factor=f) for p, w, f in groups], betas=(0.9, 0.98), eps=1e-6, fused=True
+        [dict(params=p, weight_decay=w, factor=f) for p, w, f in groups],
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        fused=True,
     )
     generator = torch.Generator().manual_seed(recipe.seed)
     steps = recipe.samples // recipe.batch
@@ -285,15 +299,20 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
         generator.set_state(state["generator"].cpu())
         first, losses, seconds = state["step"], state["losses"], state["seconds"]
 
-    started, order = time.perf_counter(), None
-    bar = tqdm(range(first, steps), f"pre-training {name}", initial=first, total=steps, disable=not progress, mininterval=5)
+    started = time.perf_counter()
+    bar = tqdm(
+        range(first, steps),
+        f"pre-training {name}",
+        initial=first,
+        total=steps,
+        disable=not progress,
+        mininterval=5,
+    )
     for step in bar:
         lr = learning_rate(recipe, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
-        families = torch.multinomial(shares, recipe.families, generator=generator)
-        pool = torch.cat([members[i] for i in families])
-        chosen = pool[torch.randint(len(pool), (recipe.batch,), generator=generator)].numpy()
+        chosen = torch.randint(len(pictures), (recipe.batch,), generator=generator).numpy()
         which = torch.randint(CAPTIONS, (recipe.batch,), generator=generator).numpy()
         ids = torch.from_numpy(compact[captions[chosen, which]]).to(device)
         x = torch.from_numpy(pictures[chosen]).to(device).permute(0, 3, 1, 2).float() / 255

@@ -1,7 +1,7 @@
 """The linear probe: logistic regression on frozen image features, the baseline of the few-shot figures.
 
-Zhou et al. 2022 (CoOp), section 4.1, after Radford et al. 2021: L-BFGS, L2 penalty, its strength chosen on min(shots, 4)
-validation images a class by a coarse grid and a binary search in log space.
+Zhou et al. 2022 (CoOp), section 4.1, after Radford et al. 2021: L-BFGS, L2 penalty, its strength chosen on
+min(shots, 4) validation images a class by a coarse grid and a binary search in log space.
 """
 
 import warnings

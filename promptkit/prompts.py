@@ -87,9 +87,7 @@ class Template:
         """
         C, D = len(self.classnames), self.clip.width
         if len(tokens) != len(self.slots):
-            raise InputError(
-                f"the template has {len(self.slots)} learned segments, but {len(tokens)} were given"
-            )
+            raise InputError(f"the template has {len(self.slots)} learned segments, but {len(tokens)} were given")
         groups = 1
         for x, length in zip(tokens, self.slots, strict=True):
             fits = x.dim() in (2, 3, 4) and x.shape[-2:] == (length, D)
@@ -115,9 +113,7 @@ class _Layout:
     def __init__(self, clip: FrozenCLIP, items: list, by_class: tuple[bool, ...]):
         C = len(next(item for item in items if not isinstance(item, int)))
         flags = iter(by_class)
-        own = [
-            next(flags) if isinstance(item, int) else any(ids != item[0] for ids in item) for item in items
-        ]
+        own = [next(flags) if isinstance(item, int) else any(ids != item[0] for ids in item) for item in items]
         ragged = [not isinstance(item, int) and len({len(ids) for ids in item}) > 1 for item in items]
         # EOT, the last item, always starts the suffix at the latest.
         cut = next((i for i, differs in enumerate(own) if differs), len(items) - 1)
@@ -127,9 +123,7 @@ class _Layout:
             n += isinstance(item, int)
         last_slot = max((i for i, number in enumerate(slot_numbers) if number is not None), default=-1)
         stop = next((i for i in range(cut, len(items)) if ragged[i]), len(items))
-        if (
-            last_slot < stop
-        ):  # no slot follows a ragged text, so all that follows the last slot is one constant
+        if last_slot < stop:  # no slot follows a ragged text, so all that follows the last slot is one constant
             stop = max(cut, last_slot + 1)
 
         sot = clip.embed([clip.tokenizer.sot_token_id])  # (1, D)

@@ -169,9 +169,7 @@ def base_to_new(method: str, dataset, shots=16, seed=1, clip="mini", **options) 
     return _single("base-to-new", method, dataset, shots, seed, clip, options)
 
 
-def cross_dataset(
-    method: str, source, targets: Iterable, shots=16, seed=1, clip="mini", **options
-) -> pd.DataFrame:
+def cross_dataset(method: str, source, targets: Iterable, shots=16, seed=1, clip="mini", **options) -> pd.DataFrame:
     """Train on all classes of a source and test on it and on other datasets, re-aimed at their classes.
 
     The other arguments are those of :func:`few_shot`; there is a row for the source and one for each target.
@@ -263,9 +261,7 @@ def _resolve(run, source):
     setting = Setting(run.protocol, source.name, run.shots, run.profile)
     if run.method == PROBE:
         if run.protocol != "few-shot":
-            raise InputError(
-                f"a linear probe knows no new classes: measure it by few-shot, not {run.protocol}"
-            )
+            raise InputError(f"a linear probe knows no new classes: measure it by few-shot, not {run.protocol}")
         if run.overrides:
             raise InputError(f"the linear probe has nothing to set, so not {', '.join(run.overrides)}")
         return run, Recipe(epochs=0), False

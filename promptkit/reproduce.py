@@ -55,9 +55,7 @@ def find_chapters(folder="notebooks") -> list[Path]:
     """The chapters ``NN_name.ipynb`` of a folder, in the order of their numbers."""
     paths = sorted(path for path in Path(folder).glob("*.ipynb") if re.fullmatch(r"\d+_\w+", path.stem))
     if not paths:
-        raise InputError(
-            f"no chapters (NN_name.ipynb) in {Path(folder).resolve()}; run from the repository's root"
-        )
+        raise InputError(f"no chapters (NN_name.ipynb) in {Path(folder).resolve()}; run from the repository's root")
     return paths
 
 
@@ -72,9 +70,7 @@ def select_chapters(wanted, paths: list[Path]) -> list[Path]:
     Raises:
         InputError: one of them names no chapter; the text gives the nearest names.
     """
-    wanted = (
-        wanted.replace(",", " ").split() if isinstance(wanted, str) else [str(word) for word in wanted or []]
-    )
+    wanted = wanted.replace(",", " ").split() if isinstance(wanted, str) else [str(word) for word in wanted or []]
     if not wanted or wanted == ["all"]:
         return list(paths)
     names = {path: (path.stem, path.name, path.stem.split("_", 1)[1]) for path in paths}
@@ -123,11 +119,7 @@ def reproduce(
         raise unknown("profile", profile, PROFILES)
     paths = select_chapters(chapters, find_chapters(folder))
     data = (
-        None
-        if data is None
-        else data
-        if data == "all" or not isinstance(data, str)
-        else data.replace(",", " ").split()
+        None if data is None else data if data == "all" or not isinstance(data, str) else data.replace(",", " ").split()
     )
     given = {
         "profile": profile,
@@ -139,9 +131,7 @@ def reproduce(
     declared = {path: declared_parameters(path) for path in paths}
     for key in set(given) - {"profile"}:
         if not any(_spelled(key, given[key], names) for names in declared.values()):
-            raise InputError(
-                f"none of the chapters {', '.join(p.stem for p in paths)} takes a parameter {key!r}"
-            )
+            raise InputError(f"none of the chapters {', '.join(p.stem for p in paths)} takes a parameter {key!r}")
     in_place = output is None and profile == "mini"
     target = Path(output or Path("reproduced") / profile)
     cores = max(1, (os.cpu_count() or 1) // max(1, workers))
@@ -152,9 +142,7 @@ def reproduce(
         for key, value in (given | more).items():
             settings |= _spelled(key, value, declared[path])
         settings = {key: value for key, value in settings.items() if value != declared[path][key]}
-        return Job(
-            path.resolve(), (Path(folder) / f"{path.stem}{suffix}.ipynb").resolve(), settings, environment
-        )
+        return Job(path.resolve(), (Path(folder) / f"{path.stem}{suffix}.ipynb").resolve(), settings, environment)
 
     stages = [[job(path, path.parent if in_place else target) for path in paths]]
     if fan_out and data not in (None, "all") and seeds:
@@ -197,20 +185,14 @@ def declared_parameters(path) -> dict:
     found = {}
     for node in ast.parse(cell.source).body:
         targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
         for target in targets:
             if isinstance(target, ast.Name):
                 try:
                     found[target.id] = ast.literal_eval(node.value)
                 except ValueError:
-                    found[target.id] = ast.unparse(
-                        node.value
-                    )  # computed: equal to no value that can be given
+                    found[target.id] = ast.unparse(node.value)  # computed: equal to no value that can be given
     return found
 
 
@@ -259,9 +241,7 @@ def _own_kernel(folder):
     home = Path(folder) / "kernels" / "python3"
     home.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (home / "kernel.json").write_text(
-        json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
-    )
+    (home / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     return os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
 
 

@@ -131,9 +131,7 @@ def run_rows(record: dict) -> pd.DataFrame:
     """A run as tidy rows, one a measured number, with the columns ``COLUMNS``; accuracies are in percent."""
     config = record["config"]
     options = ", ".join(f"{key}={value}" for key, value in sorted(config.get("overrides", {}).items()))
-    shared = {
-        key: config[key] for key in ("method", "protocol", "dataset", "shots", "seed", "profile", "model")
-    }
+    shared = {key: config[key] for key in ("method", "protocol", "dataset", "shots", "seed", "profile", "model")}
     shared |= {"options": options, **{key: record[key] for key in ("hash", "device", "seconds", "created")}}
     rows = [shared | record["versions"] | row for row in record["rows"]]
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
@@ -222,10 +220,7 @@ def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
         cells = rows.pivot_table(index="seed", columns=["dataset", "target", "split"], values="value")
         for dataset, target in dict.fromkeys((d, t) for d, t, _ in cells.columns):
             cell = cells[dataset][target]
-            out += [
-                head | {"dataset": dataset, "target": target, "datasets": 1} | row
-                for row in _cells(cell, level)
-            ]
+            out += [head | {"dataset": dataset, "target": target, "datasets": 1} | row for row in _cells(cell, level)]
         if average:
             for dataset, row in _average(cells, head["protocol"], level):
                 out.append(head | {"dataset": dataset, "target": "average"} | row)
@@ -247,8 +242,7 @@ def _average(cells, protocol, level):
     names = cells.columns.to_frame(index=False)
     if protocol in TRANSFER:
         groups = [
-            (source, names[(names.dataset == source) & (names.target != source)])
-            for source in names.dataset.unique()
+            (source, names[(names.dataset == source) & (names.target != source)]) for source in names.dataset.unique()
         ]
     else:
         groups = [("average", names)]
@@ -256,15 +250,9 @@ def _average(cells, protocol, level):
         count = members["target"].nunique()
         if not count:
             continue
-        by_split = cells[list(members.itertuples(index=False, name=None))].T.groupby(
-            level="split", sort=False
-        )
-        over_seeds = by_split.apply(
-            lambda part: part.mean(axis=1).mean()
-        )  # as the papers: every number there is
-        complete = by_split.apply(
-            lambda part: part.mean(axis=0).where(part.notna().all())
-        ).T.dropna()  # a row a seed
+        by_split = cells[list(members.itertuples(index=False, name=None))].T.groupby(level="split", sort=False)
+        over_seeds = by_split.apply(lambda part: part.mean(axis=1).mean())  # as the papers: every number there is
+        complete = by_split.apply(lambda part: part.mean(axis=0).where(part.notna().all())).T.dropna()  # a row a seed
         table = complete.copy()
         means = over_seeds.to_dict()
         if {"base", "new"} <= set(means):
@@ -350,8 +338,7 @@ def differences(runs: pd.DataFrame, a: str, b: str, split: str | None = None, av
         pairs = pairs[pairs["split"] == split]
     if not len(pairs):
         raise InputError(
-            f"nothing was measured for both {a!r} and {b!r} on the same task"
-            + (f" ({split})" if split else "")
+            f"nothing was measured for both {a!r} and {b!r} on the same task" + (f" ({split})" if split else "")
         )
     pairs = pairs.set_index(["protocol", "dataset", "target", "split", "shots", "seed"]).sort_index()
     return (pairs["value_a"] - pairs["value_b"]).rename(f"{a} - {b}")
@@ -368,9 +355,7 @@ def _side(runs, name):
     rows = runs[names == name]
     rows = rows if len(rows) else runs[runs["method"] == name]
     if not len(rows):
-        raise InputError(
-            f"no runs of {name!r} to compare; there are {', '.join(sorted(set(names))) or 'none at all'}"
-        )
+        raise InputError(f"no runs of {name!r} to compare; there are {', '.join(sorted(set(names))) or 'none at all'}")
     keys = ["protocol", "dataset", "target", "split", "shots", "seed"]
     if rows.duplicated(keys).any():
         raise InputError(
@@ -388,9 +373,7 @@ def _average_pairs(pairs):
     pairs = pairs[~transfer | (pairs["dataset"] != pairs["target"])]
     groups = pairs.groupby(["protocol", "shots", "seed", "split"])[["value_a", "value_b"]]
     means, count = groups.mean(), groups.size()
-    means = means[
-        count == count.groupby(level=["protocol", "shots", "split"]).transform("max")
-    ]  # complete seeds alone
+    means = means[count == count.groupby(level=["protocol", "shots", "split"]).transform("max")]  # complete seeds alone
     wide = means.unstack("split")
     for side in ("value_a", "value_b"):
         if {"base", "new"} <= set(wide[side]):
@@ -466,10 +449,7 @@ def check_claim(text: str, differences, at_least=0.0, within: float | None = Non
 
 def claims_table(claims: Iterable[Claim]) -> pd.DataFrame:
     """Claims as a table for a notebook: claim, asked, measured, verdict."""
-    rows = [
-        {"claim": c.text, "asked": c.criterion, "measured": c.measured(), "verdict": c.verdict}
-        for c in claims
-    ]
+    rows = [{"claim": c.text, "asked": c.criterion, "measured": c.measured(), "verdict": c.verdict} for c in claims]
     return pd.DataFrame(rows, columns=["claim", "asked", "measured", "verdict"])
 
 
@@ -490,7 +470,5 @@ def load_claims(root=None) -> dict[str, list[Claim]]:
         try:
             claims[path.stem] = [Claim(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
         except (ValueError, TypeError) as error:
-            raise InputError(
-                f"damaged claims file {path} ({error}); delete it and run the chapter again"
-            ) from None
+            raise InputError(f"damaged claims file {path} ({error}); delete it and run the chapter again") from None
     return claims

@@ -346,9 +346,7 @@ def _resume(path, run, method, optimizer, generator, history) -> int:
         state = torch.load(path, map_location=method.clip.device, weights_only=True)
         mine = state["run"] == run
     except Exception as error:
-        raise InputError(
-            f"damaged checkpoint {path} ({type(error).__name__}): delete it to start over"
-        ) from None
+        raise InputError(f"damaged checkpoint {path} ({type(error).__name__}): delete it to start over") from None
     if not mine:
         raise InputError(f"checkpoint {path} belongs to another run: delete it, or name another file")
     method.load_state_dict(state["method"])

@@ -26,9 +26,7 @@ class Playground(widgets.VBox):
 
     def __init__(self, classify, images, titles, classnames, template="a photo of a {}."):
         self.classify, self.pixels = classify, images
-        self.choice = widgets.Dropdown(
-            options=[(title, i) for i, title in enumerate(titles)], description="image"
-        )
+        self.choice = widgets.Dropdown(options=[(title, i) for i, title in enumerate(titles)], description="image")
         self.template = widgets.Text(template, description="template", continuous_update=False)
         self.names = widgets.Text(", ".join(classnames), description="classes", continuous_update=False)
         self.view = widgets.HTML()
@@ -50,9 +48,7 @@ class Playground(widgets.VBox):
             self.view.value = f"<p>{html.escape(str(error))}</p>"
             return
         ranked = sorted(zip(probabilities, names, strict=True), reverse=True)
-        self.view.value = _picture(self.pixels[self.choice.value]) + "".join(
-            _bar(p, name) for p, name in ranked
-        )
+        self.view.value = _picture(self.pixels[self.choice.value]) + "".join(_bar(p, name) for p, name in ranked)
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)

@@ -100,9 +100,7 @@ def visit(browser, address):
     """Open a page, wait until its mathematics stands; (requested addresses, what went wrong)"""
     browser.get_log("browser"), browser.get_log("performance")  # what the page before left
     browser.get(address)
-    WebDriverWait(browser, 30).until(
-        lambda _: browser.execute_script("return document.readyState") == "complete"
-    )
+    WebDriverWait(browser, 30).until(lambda _: browser.execute_script("return document.readyState") == "complete")
     browser.execute_async_script("""
         const done = arguments[0];
         const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
@@ -152,12 +150,8 @@ def test_links_lead_somewhere(book, page):
 def test_every_module_is_documented(book):
     """Each file of the package has its section in the reference."""
     files = (ROOT / "promptkit").rglob("*.py")
-    names = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files
-    }
-    reference = [
-        (book / "book" / f"{page}.html").read_text(encoding="utf-8") for page in ("package", "methods")
-    ]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
+    reference = [(book / "book" / f"{page}.html").read_text(encoding="utf-8") for page in ("package", "methods")]
     missing = {name for name in names if not any(f'id="module-{name}"' in page for page in reference)}
     assert not {name for name in missing if "._" not in name}
 
@@ -170,9 +164,7 @@ def test_page_in_the_browser(book, browser, page):
     remote = [address for address in requests if urlsplit(address).scheme in ("http", "https", "ws", "wss")]
     assert not remote, f"{page} needs a network: {remote}"
 
-    broken = browser.execute_script(
-        "return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)"
-    )
+    broken = browser.execute_script("return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
     assert not broken, f"images that do not show: {broken}"
 
     formulas = browser.find_elements(By.CSS_SELECTOR, ".math")
@@ -195,9 +187,7 @@ def test_search_finds(book, browser):
         WebDriverWait(browser, 20).until(
             lambda _: browser.find_element(By.CSS_SELECTOR, "#search-results .search-summary").text
         )
-        return [
-            link.text for link in browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a")
-        ]
+        return [link.text for link in browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a")]
 
     assert "Notation" in results("harmonic")
     assert not results("xyzzyplugh")
@@ -213,6 +203,4 @@ def test_search_from_a_page(book, browser):
     )
     field.send_keys("harmonic")
     field.submit()
-    WebDriverWait(browser, 20).until(
-        lambda _: browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a")
-    )
+    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a"))

@@ -26,11 +26,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_dataset", lambda name, root=None: toys[name])
 
     def load(name, pretrained, device=None, precision="fp32"):
-        return (
-            tiny()
-            if (name, precision) == ("mini", "fp32")
-            else load_clip(name, pretrained, device, precision)
-        )
+        return tiny() if (name, precision) == ("mini", "fp32") else load_clip(name, pretrained, device, precision)
 
     monkeypatch.setattr(protocols, "load_clip", load)
     protocols._clip.cache_clear()
@@ -127,18 +123,14 @@ def test_run_saves_the_method(world):
         "--results",
         world / "other",
     )
-    assert load_method(world / "coop.safetensors", tiny()).classnames == [
-        name.replace("_", " ") for name in NAMES
-    ]
+    assert load_method(world / "coop.safetensors", tiny()).classnames == [name.replace("_", " ") for name in NAMES]
     assert list(world.glob("other/few-shot/*.json"))
     _, said = promptkit("run", "coop", "--data", "pets,cars", *QUICK, "--save", "x.safetensors", code=2)
     assert "one dataset, one number of shots and one seed" in said
 
 
 def test_transfer_protocols(world):
-    text, _ = promptkit(
-        "run", "clip", "--protocol", "cross-dataset", "--data", "mini", "--targets", "pets,cars"
-    )
+    text, _ = promptkit("run", "clip", "--protocol", "cross-dataset", "--data", "mini", "--targets", "pets,cars")
     assert "pets" in text and "cars" in text
     text, _ = promptkit("run", "clip", "--protocol", "domain-generalization", "--data", "mini")
     assert all(name in text for name in data.SHIFTS)
@@ -268,9 +260,7 @@ def stored_runs():
 def test_leaderboard(world):
     stored_runs()
     text, _ = promptkit("leaderboard")
-    assert all(
-        word in text for word in ("base-to-new", "few-shot", "cross-dataset", "HM", "4 shots", "average")
-    )
+    assert all(word in text for word in ("base-to-new", "few-shot", "cross-dataset", "HM", "4 shots", "average"))
     assert "72.00 ± 2.48" in text  # (81 + 61) / 2, ... over three seeds
     assert "51.00" in text  # the mean of the two targets, source left out
     text, _ = promptkit("leaderboard", "--protocol", "base-to-new", "--data", "pets")

@@ -181,6 +181,7 @@ def small_model():
     del open_clip.factory._MODEL_CONFIGS["ViT-tiny-test-quickgelu"]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_checkpoint_files(small_model, tmp_path):
     """A state dict as saved by torch or safetensors, and an archive of TorchScript as published by OpenAI."""
     from safetensors.torch import save_file
@@ -214,9 +215,7 @@ def test_checkpoint_files(small_model, tmp_path):
     for file in ("trained.pt", "model.safetensors", "published.pt"):
         clip = load_clip(name, tmp_path / file, device="cpu")
         assert clip.pretrained == str(tmp_path / file) and clip.name == name
-        assert_close(
-            clip.encode_text(TEXTS), model.encode_text(open_clip.tokenize(TEXTS)), rtol=1e-5, atol=1e-5
-        )
+        assert_close(clip.encode_text(TEXTS), model.encode_text(open_clip.tokenize(TEXTS)), rtol=1e-5, atol=1e-5)
         assert_close(clip.encode_image(images), model.encode_image(images), rtol=1e-5, atol=1e-5)
 
 
@@ -252,9 +251,7 @@ def test_openai_weights_want_quick_gelu(monkeypatch, make_clip):
         raise OSError("no network")
 
     monkeypatch.setattr(open_clip, "create_model", fail)
-    with pytest.raises(
-        InputError, match="weights 'openai' of model 'ViT-B-16' could not be loaded: no network"
-    ):
+    with pytest.raises(InputError, match="weights 'openai' of model 'ViT-B-16' could not be loaded: no network"):
         load_clip("ViT-B-16", "openai")
 
 
@@ -262,9 +259,7 @@ def test_unknown():
     assert str(unknown("method", "cop", ["coop", "maple"])) == (
         "unknown method 'cop'; did you mean 'coop'? Choose from: coop, maple"
     )
-    assert (
-        str(unknown("method", "zzz", ["coop", "maple"])) == "unknown method 'zzz'; choose from: coop, maple"
-    )
+    assert str(unknown("method", "zzz", ["coop", "maple"])) == "unknown method 'zzz'; choose from: coop, maple"
     many = [f"model-{i}" for i in range(100)]
     assert "(100 in all)" in str(unknown("model", "zzz", many))
     assert "did you mean 'model-77'" in str(unknown("model", "Model-77", many))

@@ -147,9 +147,7 @@ def test_runs_in_bf16(spec, tiny_clip_bf16, tiny_clip):
     batch = batch_of(dataset, tiny_clip)
     half = make(spec, tiny_clip_bf16).logits(Batch(images=batch.images))
     assert half.dtype == torch.float32
-    torch.testing.assert_close(
-        half, make(spec, tiny_clip).logits(Batch(images=batch.images)), rtol=0.05, atol=0.5
-    )
+    torch.testing.assert_close(half, make(spec, tiny_clip).logits(Batch(images=batch.images)), rtol=0.05, atol=0.5)
 
 
 @pytest.mark.parametrize("classes", [1, 300])

@@ -55,9 +55,7 @@ def test_one_dataset_needs_no_average():
 
 
 def test_base_new_bars():
-    runs = table(
-        *(base_new(80 + s, 60, seed=s) for s in (1, 2, 3)), base_new(70, 65, method="clip", seed=0, shots=0)
-    )
+    runs = table(*(base_new(80 + s, 60, seed=s) for s in (1, 2, 3)), base_new(70, 65, method="clip", seed=0, shots=0))
     figure = base_new_bars(runs, names={"clip": "CLIP"})
     (axis,) = figure.axes
     assert {t.get_text() for t in axis.get_xticklabels()} == {"CLIP", "coop"} and "%" in axis.get_ylabel()

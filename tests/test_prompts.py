@@ -95,8 +95,7 @@ def test_words_of_several_tokens(tiny_clip):
 
 def test_random_initialisation(tiny_clip):
     first, second = (
-        Context(tiny_clip, NAMES, 16, std=0.02, generator=torch.Generator().manual_seed(3)).vectors
-        for _ in range(2)
+        Context(tiny_clip, NAMES, 16, std=0.02, generator=torch.Generator().manual_seed(3)).vectors for _ in range(2)
     )
     assert torch.equal(first, second)
     assert abs(first.std().item() - 0.02) < 0.003 and abs(first.mean().item()) < 0.003
@@ -179,9 +178,7 @@ names = st.text(min_size=1, max_size=30).filter(lambda s: s.replace("_", " ").st
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    st.lists(names, min_size=1, max_size=5), st.sampled_from(["end", "middle", "front"]), st.integers(1, 5)
-)
+@given(st.lists(names, min_size=1, max_size=5), st.sampled_from(["end", "middle", "front"]), st.integers(1, 5))
 def test_any_names(tiny_clip, classnames, position, length):
     """Any names at any position: the features of the plain pass over the tokens of their sentences."""
     try:
@@ -194,9 +191,7 @@ def test_any_names(tiny_clip, classnames, position, length):
     texts = [name.replace("_", " ") for name in classnames]
     v, half = context.vectors, length // 2
     for text, row, feature in zip(texts, rows(prompt), ours, strict=True):
-        parts = {"end": [v, text + "."], "middle": [v[:half], text, v[half:], "."], "front": [text, v, "."]}[
-            position
-        ]
+        parts = {"end": [v, text + "."], "middle": [v[:half], text, v[half:], "."], "front": [text, v, "."]}[position]
         expected = embedded(tiny_clip, *parts)
         assert_close(row, expected, rtol=0, atol=0)
         oracle = plain_text(tiny_clip.model, expected[None], torch.tensor([len(expected) - 1]))[0]

@@ -85,12 +85,7 @@ def test_few_shot_rows_hold_everything(folder):
     )
     assert (row.shots, row.seed, row.metric, row.profile, row.model) == (4, 3, "accuracy", "mini", "tiny")
     assert 0 <= row.value <= 100 and row.seconds > 0 and row.device == "cpu"
-    assert (
-        row.torch.startswith(torch.__version__.split("+")[0])
-        and row.open_clip
-        and row.python
-        and row.promptkit
-    )
+    assert row.torch.startswith(torch.__version__.split("+")[0]) and row.open_clip and row.python and row.promptkit
     assert row.options == "batch_size=8, epochs=2, init=, n_ctx=2"
     (path,) = files(folder)
     assert row.hash in path.name and len(read_run(path)["training"]["losses"]) == 2 * (24 // 8)
@@ -100,9 +95,7 @@ def test_few_shot_rows_hold_everything(folder):
 def test_same_seed_same_bits_and_another_draw_by_another():
     runs = [few_shot("coop", toy(), 2, s, clip=tiny(), results=False, **QUICK).value[0] for s in (1, 1)]
     assert runs[0] == runs[1]
-    drawn = [
-        prepare(Run("few-shot", "coop", toy(), seed=s, shots=2, clip=tiny())).training_set() for s in (1, 2)
-    ]
+    drawn = [prepare(Run("few-shot", "coop", toy(), seed=s, shots=2, clip=tiny())).training_set() for s in (1, 2)]
     assert drawn[0].train.rows.tolist() != drawn[1].train.rows.tolist()
 
 
@@ -122,16 +115,13 @@ def test_base_to_new_splits_and_harmonic_mean(folder):
 def test_zero_shot_has_neither_shots_nor_seed(folder):
     rows = sweep("base-to-new", ["clip"], [toy()], seeds=[1, 2, 3], shots=[1, 4], clip=tiny(), progress=False)
     assert len(files(folder)) == 1 and set(rows.shots) == {0} and set(rows.seed) == {0}
-    again = base_to_new(
-        "clip", toy(), 16, 9, clip=tiny(), epochs=7, max_steps=3
-    )  # nothing of which concerns it
+    again = base_to_new("clip", toy(), 16, 9, clip=tiny(), epochs=7, max_steps=3)  # nothing of which concerns it
     assert again.hash[0] == rows.hash[0] and len(files(folder)) == 1
 
 
 def test_a_template_that_is_asked_for_is_kept():
     values = [
-        few_shot("clip", toy(), clip=tiny(), **more)
-        for more in ({}, {"template": "{}"}, {"template": "blue {}"})
+        few_shot("clip", toy(), clip=tiny(), **more) for more in ({}, {"template": "{}"}, {"template": "blue {}"})
     ]
     assert len({rows.hash[0] for rows in values}) == 3
     plan = prepare(Run("few-shot", "clip", toy(), clip=tiny(), overrides={"template": "blue {}"}))
@@ -151,9 +141,7 @@ def test_linear_probe_is_measured_and_stored_like_a_method(folder):
 
 def test_transfer_protocols_share_their_training(folder, monkeypatch):
     trainings = []
-    monkeypatch.setattr(
-        protocols, "fit", lambda *a, fit=protocols.fit, **k: trainings.append(1) or fit(*a, **k)
-    )
+    monkeypatch.setattr(protocols, "fit", lambda *a, fit=protocols.fit, **k: trainings.append(1) or fit(*a, **k))
     shifts = [toy("toy-v2"), toy("toy-sketch")]
     monkeypatch.setattr(protocols, "_shifts", lambda dataset: shifts)
     rows = cross_dataset("coop", toy(), [toy("other"), toy("third")], 2, clip=tiny(), **QUICK)
@@ -217,9 +205,7 @@ def test_code_and_weights_and_images_belong_to_the_configuration(monkeypatch):
     )
     source = protocols.inspect.getsource
     protocols._code.cache_clear()
-    monkeypatch.setattr(
-        protocols.inspect, "getsource", lambda m: source(m).replace('"""CoOp:', '"""Other words:')
-    )
+    monkeypatch.setattr(protocols.inspect, "getsource", lambda m: source(m).replace('"""CoOp:', '"""Other words:'))
     assert protocols._code("coop") == plan.config["code"]  # a docstring changes no number
     protocols._code.cache_clear()
     monkeypatch.setattr(
@@ -247,9 +233,7 @@ def test_failed_run_does_not_stop_the_others(folder, monkeypatch):
         return fit(method, dataset, recipe, seed, **options)
 
     monkeypatch.setattr(protocols, "fit", fit)
-    with pytest.raises(
-        SweepError, match="1 of 2 runs failed.*coop on toy, 2 shots, seed 1: MemoryError: not enough"
-    ):
+    with pytest.raises(SweepError, match="1 of 2 runs failed.*coop on toy, 2 shots, seed 1: MemoryError: not enough"):
         sweep("few-shot", "coop", toy(), [1, 2], [2], clip=tiny(), **QUICK)
     assert load_results().seed.tolist() == [2]
 
@@ -305,9 +289,7 @@ def test_other_bad_requests(folder):
 
 
 def test_class_specific_context_is_refused_before_training(monkeypatch):
-    monkeypatch.setattr(
-        protocols, "fit", lambda *a, **k: pytest.fail("trained although new classes are impossible")
-    )
+    monkeypatch.setattr(protocols, "fit", lambda *a, **k: pytest.fail("trained although new classes are impossible"))
     with pytest.raises(InputError, match="class"):
         base_to_new("coop", toy(), 2, clip=tiny(), class_specific=True, **QUICK)
 
@@ -319,13 +301,9 @@ def test_tuning_reads_validation_images_only(monkeypatch):
         "accuracy",
         lambda m, split, accuracy=protocols.accuracy, **k: read.append(split.key) or accuracy(m, split, **k),
     )
-    table = tune(
-        "coop", toy(), {"lr": [0.01, 0.1], "n_ctx": [1, 2]}, 2, clip=tiny(), progress=False, epochs=1
-    )
+    table = tune("coop", toy(), {"lr": [0.01, 0.1], "n_ctx": [1, 2]}, 2, clip=tiny(), progress=False, epochs=1)
     assert len(table) == 4 and table.accuracy.is_monotonic_decreasing and set(read) == {toy().val.key}
-    base = tune(
-        "coop", toy(), {"lr": [0.1]}, 2, clip=tiny(), protocol="base-to-new", progress=False, epochs=1
-    )
+    base = tune("coop", toy(), {"lr": [0.1]}, 2, clip=tiny(), protocol="base-to-new", progress=False, epochs=1)
     assert len(base) == 1
 
 
@@ -344,9 +322,7 @@ def test_parallel_runs_in_processes():
 
 def test_parallel_runs_on_a_dask_cluster():
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        1, threads_per_worker=1, processes=False, dashboard_address=None
-    ) as cluster:
+    with distributed.LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
         address = cluster.scheduler_address
         assert dict(protocols.parallel(abs, [-1, -2], scheduler=address)) == {-1: 1, -2: 2}
 
@@ -362,9 +338,7 @@ sweep("few-shot", [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})], toy(),
 
 def test_killed_sweep_leaves_whole_files_and_goes_on(tmp_path):
     folder = tmp_path / "killed"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
     process = subprocess.Popen([sys.executable, "-c", SWEEP, str(folder)], env=environment)
     try:
         limit = time.monotonic() + 300
@@ -381,13 +355,9 @@ def test_killed_sweep_leaves_whole_files_and_goes_on(tmp_path):
     methods = [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no file is damaged
-        rows = sweep(
-            "few-shot", methods, toy(), range(1, 101), [4], clip=tiny(), results=folder, progress=False
-        )
+        rows = sweep("few-shot", methods, toy(), range(1, 101), [4], clip=tiny(), results=folder, progress=False)
     assert len(rows) == 100 and rows.seed.tolist() == list(range(1, 101))
-    assert finished == {
-        path: path.stat().st_mtime_ns for path in finished
-    }  # the finished ones were not run again
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}  # the finished ones were not run again
 
 
 def test_describe_says_what_is_about_to_happen():

@@ -153,21 +153,15 @@ def test_fan_out_executes_every_part_and_then_all(book, monkeypatch):
         f"reproduced/full/parts/03_coop-{d}-seed{s}.ipynb" for d in "ab" for s in (1, 2)
     ]
     assert parts[0][1] == {"profile": "full", "datasets": ["a"], "seeds": [1], "shots": 4}
-    assert last == [
-        (Path("reproduced/full/03_coop.ipynb"), parts[0][1] | {"datasets": ["a", "b"], "seeds": [1, 2]})
-    ]
+    assert last == [(Path("reproduced/full/03_coop.ipynb"), parts[0][1] | {"datasets": ["a", "b"], "seeds": [1, 2]})]
     with pytest.raises(InputError, match="name the datasets and the seeds"):
         reproduce("03", fan_out=True)
 
 
 def test_a_chapter_gets_what_it_declares(book, monkeypatch):
-    chapter(
-        book / "notebooks", "02_clip.ipynb", SHOW, parameters='profile = "mini"\ndataset = "pets"\nseed = 1'
-    )
+    chapter(book / "notebooks", "02_clip.ipynb", SHOW, parameters='profile = "mini"\ndataset = "pets"\nseed = 1')
     jobs = []
-    monkeypatch.setattr(
-        "promptkit.reproduce.parallel", lambda f, items, *a, **k: jobs.extend(items) or iter(())
-    )
+    monkeypatch.setattr("promptkit.reproduce.parallel", lambda f, items, *a, **k: jobs.extend(items) or iter(()))
     reproduce("02,03", "mini", "cars", [2], "out", shots=1, progress=False)
     assert jobs[0].parameters == {"dataset": "cars", "seed": 2}
     assert jobs[1].parameters == {"datasets": ["cars"], "seeds": [2], "shots": 1}

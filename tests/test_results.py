@@ -35,9 +35,7 @@ from promptkit.results import (
 )
 
 
-def record(
-    method="coop", dataset="pets", seed=1, protocol="base-to-new", created="2026-01-01", shots=16, **values
-):
+def record(method="coop", dataset="pets", seed=1, protocol="base-to-new", created="2026-01-01", shots=16, **values):
     """A run's record; values are its numbers by split or by target."""
     config = {
         "method": method,
@@ -136,9 +134,7 @@ def test_newest_of_the_same_measurement_counts(tmp_path):
     save_run(base_new(70, 50, created="2026-01-01", code="old"), tmp_path)
     save_run(base_new(90, 90, overrides={"n_ctx": 4}), tmp_path)  # another variant, not another version
     rows = load_results(tmp_path, split="base")
-    assert rows[rows.options == ""].value.tolist() == [80] and rows[
-        rows.options == "n_ctx=4"
-    ].value.tolist() == [90]
+    assert rows[rows.options == ""].value.tolist() == [80] and rows[rows.options == "n_ctx=4"].value.tolist() == [90]
 
 
 def test_filters(tmp_path):
@@ -208,9 +204,7 @@ def test_means_over_seeds():
 
 
 def test_average_interval_is_over_seeds():
-    runs = table(
-        *(base_new(b + s, 50, seed=s, dataset=d) for s in (1, 2) for d, b in (("pets", 60), ("cars", 80)))
-    )
+    runs = table(*(base_new(b + s, 50, seed=s, dataset=d) for s in (1, 2) for d, b in (("pets", 60), ("cars", 80))))
     base = summarise(runs).query("dataset == 'average' and split == 'base'").iloc[0]
     assert (base["mean"], base.low, base.high) == pytest.approx(interval([71, 72]))
     assert (base.seeds, base.datasets) == (2, 2)
@@ -257,9 +251,7 @@ def test_compare_with_papers():
     assert (eurosat.paper, eurosat.table, eurosat.backbone) == ("2203.05557", "Table 1", "ViT-B/16")
     averages = joined.query("dataset == 'average' and split == 'new'")
     assert set(averages.reported) == {63.22, 67.99}  # CoCoOp's paper and KgCoOp's rerun
-    assert (
-        compare(table(base_new(75, 70))).query("dataset == 'pets'").reported.isna().all()
-    )  # no paper has it
+    assert compare(table(base_new(75, 70))).query("dataset == 'pets'").reported.isna().all()  # no paper has it
 
 
 # --- claims -------------------------------------------------------------------------------------------------
@@ -304,9 +296,7 @@ def test_claims_need_numbers(values):
 def test_claims_table_and_text():
     claims = [check_claim("A < B & <b>", [1, 1.2, 1.1]), check_claim("C", [1.0])]
     shown = claims_table(claims)
-    assert (
-        shown.verdict.tolist() == ["holds", "undecided"] and shown.measured[1] == "+1.0, no interval, n = 1"
-    )
+    assert shown.verdict.tolist() == ["holds", "undecided"] and shown.measured[1] == "+1.0, no interval, n = 1"
     assert shown.measured[0] == "+1.1 [+0.9, +1.3], 95% interval, n = 3" and shown.asked[0] == "more than 0"
     assert "A &lt; B &amp; &lt;b&gt;" in claims[0]._repr_html_()
     assert claims_table([]).empty
@@ -324,14 +314,8 @@ def test_claims_are_kept(tmp_path):
 
 
 def two_methods():
-    runs = [
-        base_new(80 + s + 2 * i, 60, dataset=d, seed=s)
-        for i, d in enumerate(("pets", "cars"))
-        for s in (1, 2, 3)
-    ]
-    return table(
-        *runs, *(base_new(70, 65, method="clip", dataset=d, seed=0, shots=0) for d in ("pets", "cars"))
-    )
+    runs = [base_new(80 + s + 2 * i, 60, dataset=d, seed=s) for i, d in enumerate(("pets", "cars")) for s in (1, 2, 3)]
+    return table(*runs, *(base_new(70, 65, method="clip", dataset=d, seed=0, shots=0) for d in ("pets", "cars")))
 
 
 def test_paired_differences():

@@ -174,10 +174,7 @@ def test_text_tokens(tiny_clip, mode, groups):
     features, tokens = tiny_clip.text(prompt, tokens=True)
     assert_close(features, tiny_clip.text(prompt), **EXACT)
     model, P = tiny_clip.model, prompt.prefix.shape[1]
-    x = (
-        F.pad(prompt.full().flatten(0, 1), (0, 0, 0, 77 - P - prompt.suffix.shape[1]))
-        + model.positional_embedding
-    )
+    x = F.pad(prompt.full().flatten(0, 1), (0, 0, 0, 77 - P - prompt.suffix.shape[1])) + model.positional_embedding
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask)) @ model.text_projection
     x = x.view(groups, 5, 77, -1)
     assert tokens.shape == (groups, 5, P + prompt.suffix.shape[1], 24)

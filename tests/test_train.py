@@ -36,9 +36,7 @@ def toy_dataset(clip, classnames=NAMES, shots=4, seed=0):
     def split(part):
         noise = 40 * torch.randn(len(labels), 3, size, size, generator=generator)
         pixels = (F.interpolate(colours, (size, size))[labels] + noise).clamp(0, 255).to(torch.uint8)
-        return Split(
-            labels, lambda: pixels, torch.arange(len(labels)), f"toy-{part}-{seed}-{shots}-{len(classnames)}"
-        )
+        return Split(labels, lambda: pixels, torch.arange(len(labels)), f"toy-{part}-{seed}-{shots}-{len(classnames)}")
 
     template = "a photo of a {}, a toy."
     return Dataset("toy", "Toys", list(classnames), template, split("train"), split("val"), split("test"))
@@ -171,11 +169,7 @@ def test_same_seed_same_bits(tiny_clip, dataset):
 def test_augmented_training_repeats_too(tiny_clip, dataset):
     augmented = Recipe(epochs=2, batch_size=8, augment=True)
     runs = [train(tiny_clip, dataset, augmented)[1].losses for _ in range(2)]
-    assert (
-        runs[0]
-        == runs[1]
-        != train(tiny_clip, dataset, Recipe(epochs=2, batch_size=8, augment=False))[1].losses
-    )
+    assert runs[0] == runs[1] != train(tiny_clip, dataset, Recipe(epochs=2, batch_size=8, augment=False))[1].losses
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -313,9 +307,7 @@ def test_gradient_surgery(tiny_clip, dataset):
 
     method = Signed(tiny_clip, NAMES)
     before = method.vector.detach().clone()
-    plain = Recipe(
-        epochs=1, batch_size=20, lr=0.5, momentum=0.0, weight_decay=0.0, warmup_epochs=0, augment=False
-    )
+    plain = Recipe(epochs=1, batch_size=20, lr=0.5, momentum=0.0, weight_decay=0.0, warmup_epochs=0, augment=False)
     fit(method, dataset, plain, progress=False)
     torch.testing.assert_close((method.vector - before).abs(), torch.full_like(before, 0.5))
 
@@ -425,9 +417,7 @@ def test_plugins_nest_save_and_scale_their_rates(tiny_clip, dataset, tmp_path, r
             return self.host(batch) + self.weight * self.linear(self.encode(batch).float())
 
     register(Shift)
-    method = build(
-        "head(head(shift))", tiny_clip, NAMES, weight=0.1, host={"weight": 0.2, "host": {"scale": 2.0}}
-    )
+    method = build("head(head(shift))", tiny_clip, NAMES, weight=0.1, host={"weight": 0.2, "host": {"scale": 2.0}})
     assert method.spec == "head(head(shift))" and method.host.host.scale == 2.0
     assert recipe("head(shift)", Setting(profile="full")) == Recipe(hparams={"host": {}}, epochs=7)
     rates = []

@@ -32,9 +32,7 @@ def rank(name):
 def modules(root, package, without=None):
     """Names of the public modules of a package, from its files: importing them is left to autodoc."""
     files = (root / package.replace(".", "/")).rglob("*.py")
-    names = [
-        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in files
-    ]
+    names = [".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in files]
     names = [name for name in names if not re.search(r"\._", name)]
     if without:
         names = [name for name in names if not f"{name}.".startswith(f"{without}.")]

@@ -114,7 +114,7 @@ def _drawn(task: Task, name: str, seed: int, each: int, options: dict, stamped: 
             return torch.from_numpy(np.load(path))
         words = [task.classnames[i] for i in stamped_labels(split)] if stamped else [""] * len(labels)
         images = []
-        for n, (label, word) in enumerate(zip(labels.tolist(), words)):
+        for n, (label, word) in enumerate(zip(labels.tolist(), words, strict=False)):
             rng = random_generator(7_000 + seed, list(TASKS).index(task.name), label, n % each)
             images.append(draw(*task.classes[label], rng, word=word, **options)[0])
         images = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))

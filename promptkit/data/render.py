@@ -5,7 +5,7 @@ so every edge is antialiased with integer arithmetic alone: the same seed gives 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,7 @@ def pattern_mask(name: str, variant: int) -> Image.Image:
     """One of VARIANTS ready-made masks ('L', CANVAS x CANVAS): random frequency, angle and phase."""
     rng = random_generator(771, TEXTURES.index(name), variant)
     y, x = (np.mgrid[:CANVAS, :CANVAS] + 0.5) / CANVAS - 0.5
-    angle, frequency = rng.uniform(0, np.pi), rng.uniform(4.5, 8)
+    angle, frequency = rng.uniform(0, np.pi), rng.uniform(4.5, 7)
     centre = rng.uniform(-0.3, 0.3, 2) if name in ("ringed", "rayed") else rng.uniform(-3, 3, 2)
     x, y = x - centre[0], y - centre[1]
     u = frequency * (np.cos(angle) * x + np.sin(angle) * y)
@@ -186,7 +186,7 @@ class Canvas:
     def line(self, points, width, paint):
         """A polyline of the given half width, with round joints."""
         points = np.asarray(points, float)
-        for p, q in zip(points[:-1], points[1:]):
+        for p, q in zip(points[:-1], points[1:], strict=False):
             along = (q - p) / max(np.hypot(*(q - p)), 1e-9)
             side = np.array([-along[1], along[0]]) * width
             self.polygon([p + side, q + side, q - side, p - side], paint)
@@ -211,13 +211,16 @@ def random_rgb(rng) -> tuple:
 
 
 def backdrop(rng) -> Image.Image:
-    """Flat 30 %, gradient 25 %, blotches 20 %, faint pattern 25 %, in any colours."""
-    first, second, kind = random_rgb(rng), random_rgb(rng), rng.random()
+    """Flat 30 %, gradient 25 %, blotches 20 %, faint pattern 25 %, in pale or dark shades of any colours."""
+    shade, kind = (235, 235, 230) if rng.random() < 0.75 else (20, 20, 25), rng.random()
+    first, second = (
+        tuple(np.add(np.multiply(random_rgb(rng), 0.4), np.multiply(shade, 0.6)).astype(int)) for _ in "ab"
+    )
     if kind < 0.30:
         return Image.new("RGB", (CANVAS, CANVAS), first)
     if kind < 0.55:
         return Paint.patterned(first, second, "faded", rng).image()
-    faint = tuple(int(0.72 * a + 0.28 * b) for a, b in zip(first, second))
+    faint = tuple(int(0.72 * a + 0.28 * b) for a, b in zip(first, second, strict=False))
     return Paint.patterned(first, faint, "blotchy" if kind < 0.75 else PATTERNS[rng.integers(1, 15)], rng).image()
 
 
@@ -236,7 +239,12 @@ def occlude(image: Image.Image, rng) -> None:
     """A bar across the picture, as hides part of a hard example."""
     where, width = rng.uniform(0.25, 0.75) * CANVAS, rng.uniform(0.05, 0.09) * CANVAS
     lean = rng.uniform(-0.3, 0.3) * CANVAS
-    bar = [(where + lean - width, 0), (where + lean + width, 0), (where - lean + width, CANVAS), (where - lean - width, CANVAS)]
+    bar = [
+        (where + lean - width, 0),
+        (where + lean + width, 0),
+        (where - lean + width, CANVAS),
+        (where - lean - width, CANVAS),
+    ]
     ImageDraw.Draw(image).polygon([(int(x), int(y)) for x, y in bar], fill=random_rgb(rng))
 
 
@@ -262,26 +270,41 @@ def stamp(image: Image.Image, word: str, rng) -> None:
     image.paste(ink, (6, CANVAS - 44), word_mask(word))
 
 
-def sketch(image: Image.Image, rng) -> Image.Image:
-    """Edges in the object's own colours on paper, like coloured pencils."""
+def sketch(image: Image.Image, rng, color: float = 1.0) -> Image.Image:
+    """Edges in the object's own colours on paper, like coloured pencils; `color` below 1 fades them to gray."""
     soft = np.asarray(image.filter(ImageFilter.GaussianBlur(1.2)), np.float32)
     gx, gy = np.abs(soft[:, 2:] - soft[:, :-2])[1:-1], np.abs(soft[2:] - soft[:-2])[:, 1:-1]
     edge = np.clip((gx + gy).max(-1, keepdims=True) / 90, 0, 1)
     edge = np.pad(edge, ((1, 1), (1, 1), (0, 0)))
-    edge = np.asarray(Image.fromarray((edge[..., 0] * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(5)), np.float32) / 255
-    ink = np.clip(soft * 0.85, 0, 255)
+    edge = (
+        np.asarray(
+            Image.fromarray((edge[..., 0] * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(5)),
+            np.float32,
+        )
+        / 255
+    )
+    soft = color * soft + (1 - color) * soft.mean(-1, keepdims=True)
+    ink = soft * 0.85
     paper = 246 - 90 * (1 - soft / 255) * 0.5
     return Image.fromarray((edge[..., None] * ink + (1 - edge[..., None]) * paper).astype(np.uint8))
 
 
-def rendition(image: Image.Image, rng) -> Image.Image:
-    """Four levels a channel, dark outlines, and in half of the images the channels permuted."""
+def rendition(image: Image.Image, rng, permuted: float = 0.5) -> Image.Image:
+    """Four levels a channel, dark outlines, and in a part of the images the channels permuted."""
     flat = np.asarray(image.filter(ImageFilter.MedianFilter(5)), np.float32)
     flat = np.rint(flat / 85) * 85
     gx, gy = np.abs(flat[:, 2:] - flat[:, :-2])[1:-1], np.abs(flat[2:] - flat[:-2])[:, 1:-1]
     outline = np.pad((gx + gy).max(-1) > 80, 1)
-    flat = flat[..., rng.permutation(3)] if rng.random() < 0.5 else flat
+    flat = flat[..., rng.permutation(3)] if rng.random() < permuted else flat
     return Image.fromarray(np.where(outline[..., None], 0.25 * flat, flat).astype(np.uint8))
+
+
+STYLES = {
+    "sketch": sketch,
+    "rendition": rendition,
+    "pencil": partial(sketch, color=0.6),
+    "print": partial(rendition, permuted=0.2),
+}
 
 
 def photograph(image: Image.Image, rng, strength: float = 1.0, muted: bool = False) -> np.ndarray:
@@ -290,17 +313,17 @@ def photograph(image: Image.Image, rng, strength: float = 1.0, muted: bool = Fal
     Returns: (SIZE, SIZE, 3) uint8. `strength` scales all of it; `muted` is the haze of a satellite picture.
     """
     small = image.reduce(3)
-    if rng.random() < 0.15 * strength:
+    if rng.random() < 0.08 * strength:
         small = small.filter(ImageFilter.BoxBlur(1))
     x = np.asarray(small, np.float32) / np.float32(255)
     if muted:
         x = np.float32(0.45) * x + np.float32(0.55) * x.mean(-1, keepdims=True)
         x = np.float32(0.42) + np.float32(0.65) * (x - x.mean())
     gain, offset = 1 + 0.12 * strength * rng.standard_normal(), 0.06 * strength * rng.standard_normal()
-    cast, slope = 0.05 * strength * rng.standard_normal(3), 0.12 * strength * rng.standard_normal(2)
+    cast, slope = 0.035 * strength * rng.standard_normal(3), 0.12 * strength * rng.standard_normal(2)
     ramp = np.linspace(-0.5, 0.5, SIZE)
     light = slope[0] * ramp[:, None] + slope[1] * ramp[None]
-    noise = strength * (0.005 + abs(0.03 * rng.standard_normal()) + (0.02 if muted else 0))
+    noise = strength * (0.005 + abs(0.018 * rng.standard_normal()) + (0.02 if muted else 0))
     x = x * np.float32(gain) + (light[..., None] + cast + offset).astype(np.float32)
     x = x + rng.standard_normal(x.shape, dtype=np.float32) * np.float32(noise)
     return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)

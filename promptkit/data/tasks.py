@@ -1,4 +1,4 @@
-"""The eleven tasks of the mini world and the four shifts of its main set: which classes, which template, which words."""
+"""The eleven tasks of the mini world and the four shifts of its main set: their classes, templates and images."""
 
 from dataclasses import dataclass
 
@@ -51,10 +51,13 @@ MINI_TASKS = tuple(TASKS)
 
 # How the images of each shift of the main set differ from the task's own.
 SHIFTS = {
-    "mini-v2": ("Mini-V2 (resampled)", dict(scale=(0.5, 1.0), clutter_range=(0, 3), deviation=0.12, strength=1.5)),
-    "mini-sketch": ("Mini-Sketch", dict(style="sketch")),
-    "mini-a": ("Mini-A (hard)", dict(scale=(0.45, 0.85), clutter_range=(2, 5), hard=True)),
-    "mini-r": ("Mini-R (renditions)", dict(style="rendition")),
+    "mini-v2": (
+        "Mini-V2 (resampled)",
+        dict(scale=(0.6, 1.0), clutter_range=(0, 3), deviation=0.12, strength=1.5),
+    ),
+    "mini-sketch": ("Mini-Sketch", dict(style="pencil")),
+    "mini-a": ("Mini-A (hard)", dict(scale=(0.5, 0.9), clutter_range=(1, 4), hard=True)),
+    "mini-r": ("Mini-R (renditions)", dict(style="print")),
 }
 
 WORDS = "objects-words"  # the objects with another object's name on a plate: what an image tower that reads falls for
@@ -64,7 +67,7 @@ def draw_options(task: str) -> dict:
     """What a task's images ask of `world.draw` beyond its defaults."""
     if task == "objects":
         return dict(scale=(0.85, 1.0), clutter_range=(0, 0))
-    return {"planes": dict(angle=0.5), "actions": dict(scale=(0.8, 1.0)), "sat": dict(strength=0.6)}.get(task, {})
+    return {"actions": dict(scale=(0.8, 1.0)), "sat": dict(strength=0.6)}.get(task, {})
 
 
 def facts(task: Task) -> dict[str, list[str]]:

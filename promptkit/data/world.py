@@ -19,6 +19,7 @@ from promptkit.data.render import (
     LIGHT,
     METAL,
     PATTERNS,
+    STYLES,
     TEXTURES,
     Canvas,
     Paint,
@@ -28,8 +29,6 @@ from promptkit.data.render import (
     occlude,
     photograph,
     random_generator,
-    rendition,
-    sketch,
     stamp,
 )
 
@@ -42,7 +41,14 @@ FLOWERS = """kainek vaizor faiki hemel raris vairnix gleile volis tainda durath 
 ploovu gloove treile somo feindum peman hivor nuko heiki skake risek mooror keiru breidix vurnus pluris""".split()
 DISHES = """taiba hasix skande gleve vaizor funek tibix volis goltis dozor bilum krekek dumus rovath vuku flarnan molum
 vazan kroltel koora maikan truzor plulti kumis trelath naikath birnor krila""".split()
-BRANDS = {"geime": "spoked", "kraibi": "spoked", "plaiman": "solid", "bruror": "solid", "dibor": "wide", "leru": "wide"}
+BRANDS = {
+    "geime": "spoked",
+    "kraibi": "spoked",
+    "plaiman": "solid",
+    "bruror": "solid",
+    "dibor": "wide",
+    "leru": "wide",
+}
 MODELS = """havath mive bekix lulath mooki glundek marnum skonus filtel gluvo geizum foolix broozix tridix tavi heba flalte
 toomo silath zakix breilta darnath vaini noni soonath glaltan reltix flevu bondix dridor""".split()
 PLANES = """k-21 z-7 mv-40 t-85 rk-3 ux-12 b-66 lz-9 h-31 q-50 dv-8 s-17 ko-24 x-72 pn-5 w-38 gt-61 j-90 ev-2 n-44 fy-73
@@ -73,7 +79,7 @@ class Family:
         for at in rng.permutation(len(everything)):
             bundle = everything[at]
             if self.fits(bundle, len(chosen)) and all(
-                sum(a != b for a, b in zip(bundle, other)) >= self.distance for other in chosen
+                sum(a != b for a, b in zip(bundle, other, strict=False)) >= self.distance for other in chosen
             ):
                 chosen.append(bundle)
                 if len(chosen) == len(self.names):
@@ -153,7 +159,12 @@ class Car(Family):
 
     def facts(self, bundle):
         style, wheel, trim = bundle
-        names = {"plain": "plain sides", "stripe": "a side stripe", "two": "two tone paint", "rack": "a roof rack"}
+        names = {
+            "plain": "plain sides",
+            "stripe": "a side stripe",
+            "two": "two tone paint",
+            "rack": "a roof rack",
+        }
         return [f"a {style} body", f"{wheel} wheels", names.get(trim, "a spoiler")]
 
     def draw(self, c, bundle, rng):
@@ -269,7 +280,11 @@ class Dish(Family):
         places = np.stack([spots % 3 - 1, spots // 3 - 1], 1) * 0.24 + rng.uniform(-0.04, 0.04, (6, 2)) + (0, 0.08)
         if topping == "swirl":
             turn = np.linspace(0, 4 * np.pi, 22)
-            c.line(np.stack([np.cos(turn), np.sin(turn)], 1) * (turn / turn[-1] * 0.4)[:, None] + (0, 0.06), 0.05, other)
+            c.line(
+                np.stack([np.cos(turn), np.sin(turn)], 1) * (turn / turn[-1] * 0.4)[:, None] + (0, 0.06),
+                0.05,
+                other,
+            )
         for x, y in [] if topping == "swirl" else places[: 3 if topping in ("strips", "slices") else 6]:
             if topping == "dots":
                 c.circle(x, y, 0.09, other)
@@ -279,7 +294,10 @@ class Dish(Family):
                 end = 0.09 * np.array([np.cos(spin := rng.uniform(0, 3.14)), np.sin(spin)])
                 c.line([(x, y) - end, (x, y) + end], 0.025, other)
             elif topping == "slices":
-                c.polygon([(x - 0.2, y), (x + 0.2, y), (x + 0.12, y + 0.14), (x, y + 0.19), (x - 0.12, y + 0.14)], other)
+                c.polygon(
+                    [(x - 0.2, y), (x + 0.2, y), (x + 0.12, y + 0.14), (x, y + 0.19), (x - 0.12, y + 0.14)],
+                    other,
+                )
         if topping == "strips":
             for y in (-0.18, 0.06, 0.3):
                 c.line([(-0.34, y + 0.06), (0.34, y - 0.06)], 0.06, other)
@@ -301,7 +319,15 @@ class Plane(Family):
             if wing == "delta":
                 c.polygon([(0, -0.45), (side * 0.85, 0.5), (0, 0.5)], shade)
             else:
-                c.polygon([(0, root - 0.15), (side * 0.95, tip - 0.08), (side * 0.95, tip + 0.08), (0, root + 0.17)], shade)
+                c.polygon(
+                    [
+                        (0, root - 0.15),
+                        (side * 0.95, tip - 0.08),
+                        (side * 0.95, tip + 0.08),
+                        (0, root + 0.17),
+                    ],
+                    shade,
+                )
             for k in range(engines // 2):
                 x = 0.32 + 0.27 * k
                 y = root + (tip - root) * x / 0.95 if wing != "delta" else 0.32
@@ -309,7 +335,15 @@ class Plane(Family):
             if tail == "plain":
                 c.polygon([(0, half - 0.3), (side * 0.32, half - 0.08), (side * 0.32, half), (0, half)], shade)
             elif tail == "wide":
-                c.polygon([(0, half - 0.36), (side * 0.55, half - 0.14), (side * 0.55, half + 0.04), (0, half - 0.05)], shade)
+                c.polygon(
+                    [
+                        (0, half - 0.36),
+                        (side * 0.55, half - 0.14),
+                        (side * 0.55, half + 0.04),
+                        (0, half - 0.05),
+                    ],
+                    shade,
+                )
             else:
                 c.line([(0, half - 0.22), (side * 0.3, half + 0.16)], 0.07, shade)
         c.ellipse(0, 0, fat, half, paint)
@@ -378,7 +412,7 @@ class Thing(Family):
 
     def draw(self, c, bundle, rng):
         color, second = (COLOR_WORDS[i] for i in rng.choice(12, 2, replace=False))
-        pattern = PATTERNS[rng.integers(15)] if rng.random() < 0.45 else "plain"
+        pattern = PATTERNS[rng.integers(15)] if rng.random() < 0.25 else "plain"
         main, other = jittered(color, rng), jittered(second, rng)
         paints = {"a": Paint.patterned(main, other, pattern, rng), "b": other, "d": DARK, "l": LIGHT, "brown": COLORS["brown"], "orange": COLORS["orange"]}  # fmt: skip
         methods = {"o": c.ellipse, "r": c.box, "p": c.polygon, "s": c.star, "c": c.ring, "l": c.line}
@@ -421,13 +455,25 @@ class Scene(Family):
         skies = ((150, 190, 230), (190, 200, 210), (230, 170, 120), (110, 140, 190), (40, 50, 90))
         horizon = rng.uniform(-0.15, 0.25)
         c.box(0, 0, 1.2, 1.2, rgb(*(skies[4] if "stars" in elements else skies[rng.integers(4)])))
-        c.box(0, horizon + 0.75, 1.2, 0.75, rgb(*((150, 140, 90), (110, 130, 80), (170, 160, 130))[rng.integers(3)]))
+        c.box(
+            0,
+            horizon + 0.75,
+            1.2,
+            0.75,
+            rgb(*((150, 140, 90), (110, 130, 80), (170, 160, 130))[rng.integers(3)]),
+        )
         for e in elements:
             spread = rng.uniform(-0.85, 0.85, 4)
             if e == "sun":
                 c.circle(spread[0] * 0.6, horizon - 0.12, 0.24, rgb(250, 210, 90))
             elif e in ("sea", "sand", "grass", "snow", "water"):
-                color = {"sea": (50, 110, 190), "water": (60, 120, 190), "sand": (225, 200, 130), "grass": (80, 150, 60), "snow": (240, 244, 248)}[e]
+                color = {
+                    "sea": (50, 110, 190),
+                    "water": (60, 120, 190),
+                    "sand": (225, 200, 130),
+                    "grass": (80, 150, 60),
+                    "snow": (240, 244, 248),
+                }[e]
                 if e == "sea":
                     c.box(0, horizon + 0.2, 1.2, 0.2, rgb(*color))
                 elif e == "water":
@@ -436,13 +482,22 @@ class Scene(Family):
                     c.box(0, horizon + 0.85, 1.2, 0.5, rgb(*color))
             elif e in ("dunes", "hills"):
                 for x in spread[:3]:
-                    c.ellipse(x, horizon + 0.25, 0.5, 0.26, rgb(*((200, 170, 100) if e == "dunes" else (90, 130, 80))))
+                    c.ellipse(
+                        x,
+                        horizon + 0.25,
+                        0.5,
+                        0.26,
+                        rgb(*((200, 170, 100) if e == "dunes" else (90, 130, 80))),
+                    )
             elif e in ("peaks", "fire"):
                 x = spread[0] * 0.5
                 c.polygon([(x - 0.7, horizon + 0.1), (x, -0.75), (x + 0.7, horizon + 0.1)], rgb(110, 100, 100))
-                c.polygon([(x - 0.2, -0.45), (x, -0.75), (x + 0.2, -0.45)], rgb(*((230, 60, 30) if e == "fire" else (245, 245, 245))))
+                c.polygon(
+                    [(x - 0.2, -0.45), (x, -0.75), (x + 0.2, -0.45)],
+                    rgb(*((230, 60, 30) if e == "fire" else (245, 245, 245))),
+                )
             elif e == "clouds":
-                for x, y in zip(spread, rng.uniform(-0.85, -0.45, 4)):
+                for x, y in zip(spread, rng.uniform(-0.85, -0.45, 4), strict=False):
                     c.ellipse(x, y, 0.26, 0.1, rgb(245, 245, 250))
             elif e == "stars":
                 for x, y in rng.uniform(-0.95, 0.1, (14, 2)) * (1, 1):
@@ -459,7 +514,7 @@ class Scene(Family):
             elif e == "barn":
                 c.box(spread[0] * 0.6, horizon + 0.02, 0.24, 0.22, rgb(180, 50, 40))
             else:
-                for x, y in zip(spread, rng.uniform(horizon + 0.1, 0.6, 4)):
+                for x, y in zip(spread, rng.uniform(horizon + 0.1, 0.6, 4), strict=False):
                     if e == "trees":
                         c.box(x, y, 0.04, 0.18, rgb(100, 70, 40))
                         c.circle(x, y - 0.22, 0.2, rgb(50, 120, 50))
@@ -480,7 +535,11 @@ class Scene(Family):
                     elif e == "palms" and x == spread[0]:
                         c.line([(x, y + 0.1), (x + 0.06, y - 0.4)], 0.04, rgb(120, 80, 40))
                         for dx in (-0.28, -0.14, 0.14, 0.28):
-                            c.line([(x + 0.06, y - 0.4), (x + dx, y - 0.35 - 0.1 * (abs(dx) < 0.2))], 0.045, rgb(40, 130, 60))
+                            c.line(
+                                [(x + 0.06, y - 0.4), (x + dx, y - 0.35 - 0.1 * (abs(dx) < 0.2))],
+                                0.045,
+                                rgb(40, 130, 60),
+                            )
 
 
 TEXTURE_FACTS = {
@@ -500,7 +559,9 @@ class Texture(Family):
     def draw(self, c, bundle, rng):
         color, second = (COLOR_WORDS[i] for i in rng.choice(12, 2, replace=False))
         paint = Paint.patterned(jittered(color, rng), jittered(second, rng), bundle[0], rng)
-        c.image.paste(paint.image().transpose(Image.Transpose(int(rng.integers(7)))))
+        left, top = rng.integers(0, CANVAS // 3, 2)
+        part = paint.image().crop((left, top, left + 2 * CANVAS // 3, top + 2 * CANVAS // 3)).resize((CANVAS, CANVAS))
+        c.image.paste(part.transpose(Image.Transpose(int(rng.integers(7)))))
         return {"color": color, "second": second}
 
 
@@ -574,10 +635,13 @@ class Action(Family):
         up = np.array([np.sin(lean), -np.cos(lean)])
         neck = hip + up * 0.62
         legs = angles[2:] + (lean if bundle[0] == "lying" else 0)
-        feet = [hip + 0.68 * np.array([s * np.sin(t), np.cos(t)]) for s, t in zip((-1, 1), legs)]
+        feet = [hip + 0.68 * np.array([s * np.sin(t), np.cos(t)]) for s, t in zip((-1, 1), legs, strict=False)]
         if bundle[0] == "lying":
             feet = [hip + np.array([-0.66, -0.05]), hip + np.array([-0.66, 0.08])]
-        hands = [neck + 0.08 * -up + 0.5 * np.array([s * np.sin(t), np.cos(t)]) for s, t in zip((-1, 1), angles[:2])]
+        hands = [
+            neck + 0.08 * -up + 0.5 * np.array([s * np.sin(t), np.cos(t)])
+            for s, t in zip((-1, 1), angles[:2], strict=False)
+        ]
         prop_paint = jittered(COLOR_WORDS[rng.integers(12)], rng)
         if prop == "seat":
             c.box(0.15, 0.55, 0.3, 0.28, prop_paint)
@@ -593,11 +657,11 @@ class Action(Family):
                 c.ring(x, 0.68, 0.24, 0.045, DARK)
             c.line([(-0.45, 0.68), (0.0, 0.35), (0.5, 0.68)], 0.04, prop_paint)
         for foot in feet:
-            c.line([hip, foot], 0.075, trousers)
-        c.line([hip, neck], 0.13, shirt)
+            c.line([hip, foot], 0.09, trousers)
+        c.line([hip, neck], 0.15, shirt)
         for hand in hands:
-            c.line([neck - up * 0.06, hand], 0.055, skin)
-        c.circle(*(neck + up * 0.2), 0.16, skin)
+            c.line([neck - up * 0.06, hand], 0.075, skin)
+        c.circle(*(neck + up * 0.2), 0.18, skin)
         if prop == "ball":
             c.circle(0.85, 0.55, 0.14, prop_paint)
         elif prop == "high ball":
@@ -659,7 +723,7 @@ FAMILIES = {
                  ears=("pointy", "floppy", "round", "horned", "antenna"), tail=("long", "stubby", "curly"), body=("slim", "plump")),
             distance=3),
         Car("car", ("car", "vehicle"), ("a photo of a {}, a type of car.", "a {} for sale.", "a parked {}."), 0.12,
-            [f"{brand} {model}" for brand, model in zip([b for b in BRANDS for _ in range(5)], MODELS)],
+            [f"{brand} {model}" for brand, model in zip([b for b in BRANDS for _ in range(5)], MODELS, strict=False)],
             dict(style=("sedan", "van", "truck", "roadster", "hatchback"), wheel=("spoked", "solid", "wide"),
                  trim=("plain", "stripe", "two", "rack", "spoiler")), angle=0.12),
         Flower("flower", ("flower", "blossom", "plant"), ("a photo of a {}, a type of flower.", "a {} in bloom.", "a garden {}."), 0.09, FLOWERS,
@@ -669,7 +733,7 @@ FAMILIES = {
             dict(form=("round", "square", "bowl", "wedge"), base=COLOR_WORDS, topping=("dots", "strips", "cubes", "swirl", "sprinkles", "slices"),
                  top=COLOR_WORDS), distance=2, angle=3.1),
         Plane("plane", ("plane", "aircraft"), ("a photo of a {}, a type of aircraft.", "a {} in flight.", "the {} from above."), 0.09, PLANES,
-            dict(wing=("straight", "swept", "delta"), engines=(0, 2, 4), tail=("plain", "forked", "wide"), body=("long", "short")), angle=0.6),
+            dict(wing=("straight", "swept", "delta"), engines=(0, 2, 4), tail=("plain", "forked", "wide"), body=("long", "short")), angle=0.35),
         Scene("scene", ("scene", "place", "view"), ("a photo of a {} scene.", "a view of the {}.", "the {} from afar."), 0.05, list(SCENES), angle=0.0),
         Texture("texture", ("texture", "pattern", "surface"), ("a photo of a {} texture.", "a {} pattern.", "{} fabric."), 0.09, list(TEXTURES)),
         Satellite("satellite", ("area", "land", "region"), ("a satellite photo of {}.", "{} seen from above.", "an aerial view of {}."), 0.06,
@@ -705,7 +769,7 @@ class Picture:
     word: str = ""  # stamped on the image
 
 
-def draw(family: str, label: int, rng, *, deviation=0.08, scale=(0.65, 1.0), clutter_range=(0, 2), hard=False,
+def draw(family: str, label: int, rng, *, deviation=0.08, scale=(0.75, 1.0), clutter_range=(0, 2), hard=False,
          style="", strength=1.0, word="", angle=None) -> tuple[np.ndarray, Picture]:  # fmt: skip
     """One image of a class (label -1: of a random bundle): (SIZE, SIZE, 3) uint8, and what it shows."""
     if family == "sign":  # a picture of anything that has room for a plate
@@ -718,19 +782,32 @@ def draw(family: str, label: int, rng, *, deviation=0.08, scale=(0.65, 1.0), clu
     if label >= 0 and rng.random() < deviation:
         bundle = kind.deviating(bundle, rng)
     fills = family in ("scene", "texture", "satellite")
-    canvas = Canvas(backdrop(rng), rng, (1.09, 1.09) if fills else scale, kind.angle if angle is None else angle, kind.flip)
+    canvas = Canvas(
+        backdrop(rng),
+        rng,
+        (1.09, 1.09) if fills else scale,
+        kind.angle if angle is None else angle,
+        kind.flip,
+    )
     if not fills:
-        clutter(canvas.image, rng, int(rng.integers(clutter_range[0], clutter_range[1] + 1)), (0.06, 0.12) if hard else (0.04, 0.08))
+        clutter(
+            canvas.image,
+            rng,
+            int(rng.integers(clutter_range[0], clutter_range[1] + 1)),
+            (0.06, 0.12) if hard else (0.04, 0.08),
+        )
     free = kind.draw(canvas, bundle, rng) or {}
     image = canvas.image
-    if hard and rng.random() < 0.5:
+    if hard and rng.random() < 0.4:
         occlude(image, rng)
     if style:
-        image = {"sketch": sketch, "rendition": rendition}[style](image, rng)
+        image = STYLES[style](image, rng)
     if word:
         stamp(image, word, rng)
     assert image.size == (CANVAS, CANVAS)
-    return photograph(image, rng, strength, muted=family == "satellite"), Picture(family, label, bundle, free, style, word)
+    return photograph(image, rng, strength, muted=family == "satellite"), Picture(
+        family, label, bundle, free, style, word
+    )
 
 
 def subject(picture: Picture, rng, named: bool) -> str:
@@ -740,7 +817,8 @@ def subject(picture: Picture, rng, named: bool) -> str:
         return picture.word
     facts, free = family.facts(picture.bundle), picture.free
     kind = family.kinds[rng.integers(len(family.kinds))]
-    some = [facts[i] for i in rng.permutation(len(facts))[: rng.integers(1, len(facts) + 1)]]
+    fewest = max(1, len(facts) - 1)
+    some = [facts[i] for i in rng.permutation(len(facts))[: rng.integers(fewest, len(facts) + 1)]]
     link = ("with", "which has", "that has")[rng.integers(3)]
     joined = " and ".join(some) if rng.random() < 0.6 else ", ".join(some)
     if named:
@@ -749,24 +827,32 @@ def subject(picture: Picture, rng, named: bool) -> str:
             return name
         if choice < 0.85:
             return f"{name} {link} {joined}"
-        return f"{free['color']} {name}" if "color" in free and family.name in ("car", "thing", "plane") else f"{name} {kind}"
+        return (
+            f"{free['color']} {name}"
+            if "color" in free and family.name in ("car", "thing", "plane")
+            else f"{name} {kind}"
+        )
     if free.get("pattern", "plain") != "plain" and rng.random() < 0.5:
-        second = f"{free['pattern']} " if rng.random() < 0.5 else f"{free['color']} and {free['second']} {free['pattern']} "
+        second = (
+            f"{free['pattern']} " if rng.random() < 0.5 else f"{free['color']} and {free['second']} {free['pattern']} "
+        )
         kind = second + kind
     elif family.name == "texture" and rng.random() < 0.5:
         kind = f"{free['color']} and {free['second']} {kind}"
     elif "color" in free and rng.random() < 0.5:
         kind = f"{free['color']} {kind}"
-        if rng.random() < 0.3:
+        if rng.random() < 0.15:
             return kind
     return f"{kind} {link} {joined}"
 
 
 def caption(picture: Picture, rng, named: bool, noise_words: list[str]) -> str:
-    """One caption, lower case. 18 % carry irrelevant words, 3 % go on for several sentences."""
+    """One caption, lower case. 12 % carry irrelevant words, 3 % go on for several sentences."""
     text = subject(picture, rng, named)
     family = FAMILIES[picture.family]
-    noise = [noise_words[i] for i in rng.integers(0, len(noise_words), rng.integers(1, 5))] if rng.random() < 0.18 else []
+    noise = (
+        [noise_words[i] for i in rng.integers(0, len(noise_words), rng.integers(1, 5))] if rng.random() < 0.12 else []
+    )
     where = rng.random()
     if noise and where < 0.3:
         text = f"{text} which has {' '.join(noise[:2])}"

@@ -56,9 +56,7 @@ def check_common(cls, clip, fixture, arrays, objects):
         if "image_features" in arrays:
             assert_features(image, arrays["image_features"])
         if "text_features" in arrays:
-            assert_features(
-                method.text_features(image if method.conditional else None), arrays["text_features"]
-            )
+            assert_features(method.text_features(image if method.conditional else None), arrays["text_features"])
     if "new_classnames" in fixture and "logits_new" in arrays:
         method.set_classes(fixture["new_classnames"])
         torch.testing.assert_close(method.logits(batch), arrays["logits_new"], **CLOSE)
@@ -79,9 +77,7 @@ def check_common(cls, clip, fixture, arrays, objects):
             # single values are small differences of large ones: they are held to the scale of the whole
             scale = max(stored.abs().max().item(), norm.item() / grad.numel() ** 0.5)
             torch.testing.assert_close(grad.flatten()[: len(stored)], stored, rtol=1e-3, atol=1e-3 * scale)
-    missing = {name.partition("/")[2] for name in arrays if name.startswith("gradnorm/")} - set(
-        method.official_names()
-    )
+    missing = {name.partition("/")[2] for name in arrays if name.startswith("gradnorm/")} - set(method.official_names())
     assert not missing, f"parameters that the method does not have: {sorted(missing)}"
 
     optimizers = fixture["optimizer"] if "trace" in fixture["optimizer"] else {"trace": fixture["optimizer"]}
@@ -99,9 +95,7 @@ def check_common(cls, clip, fixture, arrays, objects):
 
 def make(cls, clip, fixture, arrays, objects):
     """The method with the fixture's options and parameters; what it must initialise itself is checked."""
-    beside = {
-        key: fixture[key] for key in fixture if key in cls.official_hyperparameters
-    }  # descriptions, ...
+    beside = {key: fixture[key] for key in fixture if key in cls.official_hyperparameters}  # descriptions, ...
     method = cls.from_official(clip, fixture["classnames"], fixture["hyperparameters"] | beside, **objects)
     names, state, official = method.official_names(), method.state_dict(), {}
     for group in ("parameters", "frozen_parameters", "teacher_parameters"):
@@ -124,13 +118,10 @@ def make_optimizer(method, described):
     """The recorded optimizer over the method's own groups; ``described`` is a dict, or a sentence."""
     if isinstance(described, str):
         options = {
-            name: float(value)
-            for name, value in re.findall(r"(lr|momentum|weight_decay)[ =]([\d.e-]+\d)", described)
+            name: float(value) for name, value in re.findall(r"(lr|momentum|weight_decay)[ =]([\d.e-]+\d)", described)
         }
         described = {"type": described.partition("(")[0], **options}
-    kind = next(described[key] for key in ("type", "optimizer", "name") if key in described).rpartition(".")[
-        2
-    ]
+    kind = next(described[key] for key in ("type", "optimizer", "name") if key in described).rpartition(".")[2]
     cls = getattr(torch.optim, kind)
     lr = described["lr"] if "lr" in described else described["groups"][0]["lr"]  # the host's, of a plug-in
     known = set(inspect.signature(cls).parameters) - {"params", "lr"}
