@@ -125,7 +125,7 @@ def _drawn(task: Task, name: str, seed: int, each: int, options: dict, stamped: 
     return split
 
 
-WORLD_VERSION = 1  # part of every cache key: raise it when a change of the world changes its pictures
+WORLD_VERSION = 2  # part of every cache key: raise it when a change of the world changes its pictures
 
 
 def subset(dataset: Dataset, classes: list[int]) -> Dataset:
