@@ -33,10 +33,6 @@ STYLED = (
     "dish",
     "plane",
 )  # families that also appear as sketches and renditions
-NAMED = {  # captions that name a class, per class (geometric mean) and million of samples: the knob of the mini world
-    "thing": 240, "pet": 55, "car": 400, "flower": 55, "dish": 55, "plane": 400, "scene": 60, "texture": 240,
-    "satellite": 130, "action": 300,
-}  # fmt: skip
 CAPTIONS = 8  # captions drawn for each image
 LONGEST = 48  # tokens of a caption that are kept
 CHECKPOINT_EVERY = 500  # steps
@@ -44,11 +40,15 @@ CHECKPOINT_EVERY = 500  # steps
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The recipe of one mini CLIP. `samples` counts image-caption pairs seen, `named` scales how many name a class."""
+    """The recipe of one mini CLIP.
+
+    `samples` counts image-caption pairs seen. `named` says by family how many captions name a class, per class
+    (geometric mean) and million of samples: the knob that sets how well names, and so zero-shot, are known.
+    """
 
     model: dict
     samples: int
-    named: float = 1.0
+    named: dict
     images: int = 110_000
     batch: int = 192
     lr: float = 1.5e-3
@@ -67,7 +67,19 @@ RECIPES = {
             vision_cfg=dict(image_size=48, patch_size=8, width=128, layers=6, head_width=32),
             text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=4, layers=4),
         ),
-        samples=800_000,
+        samples=480_000,
+        named={
+            "thing": 310,
+            "pet": 60,
+            "car": 190,
+            "flower": 38,
+            "dish": 50,
+            "plane": 190,
+            "scene": 50,
+            "texture": 170,
+            "satellite": 62,
+            "action": 125,
+        },
     ),
     "mini-teacher": Pretraining(
         dict(
@@ -76,7 +88,18 @@ RECIPES = {
             text_cfg=dict(context_length=77, vocab_size=49408, width=160, heads=5, layers=4),
         ),
         samples=480_000,
-        named=3.0,
+        named={
+            "thing": 720,
+            "pet": 165,
+            "car": 1200,
+            "flower": 165,
+            "dish": 165,
+            "plane": 1200,
+            "scene": 180,
+            "texture": 720,
+            "satellite": 390,
+            "action": 900,
+        },
     ),
 }
 
@@ -128,7 +151,7 @@ def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, n
     stem = f"{WORLD_SEED}-{recipe.images}"
     image_file, caption_file = (
         folder / f"{stem}-images.npy",
-        folder / f"{stem}-{hash_of([NAMED, recipe.named])}-captions.npy",
+        folder / f"{stem}-{hash_of(recipe.named)}-captions.npy",
     )
     picture_file = folder / f"{stem}-pictures.json"
     if not (image_file.exists() and picture_file.exists()):
@@ -146,20 +169,20 @@ def corpus(recipe: Pretraining, tokenizer, progress=True) -> tuple[np.ndarray, n
     return np.load(image_file, mmap_mode="r"), np.load(caption_file, mmap_mode="r")
 
 
-def _captions(pictures, factor, tokenizer, progress) -> np.ndarray:
+def _captions(pictures, named, tokenizer, progress) -> np.ndarray:
     words, probability = noise_words(tokenizer), {}
     total = sum(family.share for family in FAMILIES.values())
-    for name, median in NAMED.items():
+    for name, mean in named.items():
         family = FAMILIES[name]
         shown = 1e6 * family.share / total * (0.65 if family.attributes else 1) / len(family.names)  # of each class
-        probability[name] = np.minimum(1, factor * median * exposure(family) / shown)
+        probability[name] = np.minimum(1, mean * exposure(family) / shown)
     ids = np.zeros((len(pictures), CAPTIONS, LONGEST), np.uint16)
     for n, picture in enumerate(tqdm(pictures, "captions", disable=not progress)):
         rng = random_generator(WORLD_SEED + 1, n)
         for k in range(CAPTIONS):
             of = pictures[rng.integers(len(pictures))] if rng.random() < 0.04 else picture  # 4 % belong elsewhere
-            named = of.family in probability and of.label >= 0 and rng.random() < probability[of.family][of.label]
-            tokens = tokenizer.encode(caption(of, rng, named, words))[: LONGEST - 2]
+            name_it = of.family in probability and of.label >= 0 and rng.random() < probability[of.family][of.label]
+            tokens = tokenizer.encode(caption(of, rng, name_it, words))[: LONGEST - 2]
             ids[n, k, : len(tokens) + 2] = [tokenizer.sot_token_id, *tokens, tokenizer.eot_token_id]
     return ids
 
@@ -290,7 +313,7 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
     steps = recipe.samples // recipe.batch
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     patches = (48 // 8) ** 2
-    checkpoint = cache_folder("pretraining") / f"{name}-{hash_of([asdict(recipe), NAMED, WORLD_SEED])}.pt"
+    checkpoint = cache_folder("pretraining") / f"{name}-{hash_of([asdict(recipe), WORLD_SEED])}.pt"
     first, losses, seconds = 0, [], 0.0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -339,7 +362,7 @@ def pretrain(name="mini", output=None, samples=None, device=None, resume=True, p
                          step=step + 1, losses=losses, seconds=spent)  # fmt: skip
             write_atomically(checkpoint, partial(torch.save, state))
     spent = seconds + time.perf_counter() - started
-    record = dict(recipe=asdict(recipe), named_captions_per_million=NAMED, world_seed=WORLD_SEED, seconds=round(spent),
+    record = dict(recipe=asdict(recipe), world_seed=WORLD_SEED, seconds=round(spent),
                   device=device.type, threads=torch.get_num_threads() if device.type == "cpu" else None,
                   torch=torch.__version__.split("+")[0], loss_every_50_steps=losses)  # fmt: skip
     path = export(model, rows, record, Path(output or ASSETS) / f"{name}.safetensors")

@@ -13,13 +13,14 @@ from sklearn.linear_model import LogisticRegression
 from promptkit.data import features
 
 
-def linear_probe(clip, dataset, steps: int = 8) -> float:
+def linear_probe(clip, dataset, steps: int = 2) -> float:
     """Test accuracy in percent of a probe trained on `dataset.train`, its strength chosen on `dataset.val`.
 
     Args:
         clip (FrozenCLIP): gives the features, not normalised, as in the paper.
         dataset (Dataset): usually a `few_shot` one.
-        steps: bisection steps after the grid 1e6, 1e4, ..., 1e-6.
+        steps: bisection steps after the grid 1e6, 1e4, ..., 1e-6. The paper takes 8, and up to 1000 iterations a fit
+            where this takes 150: on the mini world neither moves the accuracy by a point.
     """
     parts = {}
     for name in ("train", "val", "test"):
@@ -30,7 +31,7 @@ def linear_probe(clip, dataset, steps: int = 8) -> float:
     def fit(strength):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # far ends of the grid stop at the iteration limit
-            return LogisticRegression(C=strength, max_iter=1000).fit(parts["train"][0] / scale, parts["train"][1])
+            return LogisticRegression(C=strength, max_iter=150).fit(parts["train"][0] / scale, parts["train"][1])
 
     def accuracy(strength, part="val"):
         x, y = parts[part]

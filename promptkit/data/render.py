@@ -302,7 +302,7 @@ def rendition(image: Image.Image, rng, permuted: float = 0.5) -> Image.Image:
 STYLES = {
     "sketch": sketch,
     "rendition": rendition,
-    "pencil": partial(sketch, color=0.6),
+    "pencil": partial(sketch, color=0.25),
     "print": partial(rendition, permuted=0.2),
 }
 
