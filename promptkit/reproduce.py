@@ -134,7 +134,8 @@ def reproduce(
             raise InputError(f"none of the chapters {', '.join(p.stem for p in paths)} takes a parameter {key!r}")
     in_place = output is None and profile == "mini"
     target = Path(output or Path("reproduced") / profile)
-    cores = max(1, (os.cpu_count() or 1) // max(1, workers))
+    # The mini CLIP's products are too small to share: a second thread would only wait for the first.
+    cores = max(1, (os.cpu_count() or 1) // max(1, workers)) if profile == "full" else 1
     environment = {"PROMPTKIT_RESULTS": str(results_dir().resolve()), "OMP_NUM_THREADS": str(cores)}
 
     def job(path, folder, suffix="", **more):

@@ -64,7 +64,7 @@ def tiny_recipe(tmp_path, monkeypatch):
         vision_cfg=dict(image_size=48, patch_size=16, width=32, layers=1, head_width=16),
         text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
     )
-    recipe = pretrain.Pretraining(model, samples=1152, images=1000)
+    recipe = pretrain.Pretraining(model, samples=1152, named={"pet": 100}, images=1000)
     monkeypatch.setitem(pretrain.RECIPES, "mini", recipe)
     monkeypatch.setattr(pretrain, "zero_shot_accuracies", lambda name, path: {})
     return tmp_path
