@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def test_runs_in_the_smoke_profile(path, tmp_path):
     parameters = {"profile": "smoke"}
     if "output" in papermill.inspect_notebook(path):
         parameters["output"] = str(tmp_path / "output")
-    notebook = parameterize_notebook(nbformat.read(path, as_version=4), parameters)
+    notebook = parameterize_notebook(load_notebook_node(str(path)), parameters)
     nbformat.write(notebook, tmp_path / path.name)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")  # not this project's options
     command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=240", "-p", "no:cacheprovider"]
