@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+from rich.console import Console
 from test_protocols import NAMES, tiny, toy
 from test_reproduce import chapter
 from typer.testing import CliRunner
@@ -32,7 +33,9 @@ def world(tmp_path, monkeypatch):
     protocols._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setenv("COLUMNS", "200")
+    # A console reads COLUMNS once, when it is made, and the workers of pytest set it: give it its width here.
+    monkeypatch.setattr("promptkit.cli.out", Console(width=200))
+    monkeypatch.setattr("promptkit.cli.err", Console(width=200, stderr=True))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     protocols._clip.cache_clear()
