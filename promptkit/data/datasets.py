@@ -53,7 +53,6 @@ class Dataset:
         template: the hand-written prompt, "{}" for the class name; templates: an ensemble of prompts.
         train, val, test: splits; the shifted sets have a test split alone (train and val are empty).
         facts: descriptive phrases by class name; empty if there are none.
-        family: of each class, the superclass that a caption would call it ("pet").
     """
 
     name: str
