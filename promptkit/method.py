@@ -59,10 +59,16 @@ class MethodType(type):
 
     def __call__(cls, clip, classnames, **hparams):
         _check_clip(clip)
+        alone = cls.plugin and cls.default_host and not isinstance(hparams.get("host"), Method)
+        if alone:
+            spec, defaults = cls.default_host
+            host = build(spec, clip, classnames, **defaults | hparams.get("host", {}))
+            hparams["host"] = host.requires_grad_(False)
         hparams = cls.check(hparams)
         method = super().__call__(clip, classnames, **hparams)
         if cls.plugin:
             hparams["host"] = method.host.hparams
+            method.alone = bool(alone)
         method.hparams = hparams
         method.trained_on = method.classnames
         method.set_classes(method.classnames)
@@ -83,8 +89,8 @@ class Method(nn.Module, metaclass=MethodType):
         classnames: the C class names.
 
     Raises:
-        InputError: a hyperparameter is unknown or does not fit; class names are empty, or one of them is
-            twice there.
+        InputError: a hyperparameter is unknown or does not fit; there are no class names, or one is empty. Two
+            equal names are a warning: ImageNet has two such pairs.
     """
 
     name: ClassVar[str] = ""  # registry name, the name of its module
@@ -98,14 +104,15 @@ class Method(nn.Module, metaclass=MethodType):
     conditional: ClassVar[bool] = False  # whether text_features depends on the image
     plugin: ClassVar[bool] = False  # whether it takes a host=
     official_hyperparameters: ClassVar[dict[str, str | None]] = {}  # official name: ours, or None (no effect)
-    official_dropped: ClassVar[tuple[str, ...]] = ("token_prefix", "token_suffix")  # they follow from names
+    # Parts of official parameter names that begin so are ignored: they follow from the class names, or never learned.
+    official_dropped: ClassVar[tuple[str, ...]] = ("token_prefix", "token_suffix")
 
     hparams: dict[str, Any]
 
     def __init__(self, clip: FrozenCLIP, classnames: list[str]):
         super().__init__()
         self.__dict__["clip"] = clip
-        self.classnames = check_classnames(classnames)
+        self.classnames = check_classnames(classnames, allow_duplicates=True)
         self.training_state: dict[str, Tensor] = {}  # what fit must keep between epochs beside the learnables
         self._remembered = None  # (key, text features)
 
@@ -117,7 +124,7 @@ class Method(nn.Module, metaclass=MethodType):
         Raises:
             InputError: bad class names, or classes that this method cannot serve.
         """
-        self.classnames = check_classnames(classnames)
+        self.classnames = check_classnames(classnames, allow_duplicates=True)
         self._remembered = None
 
     def aim(self, dataset) -> None:
@@ -142,14 +149,24 @@ class Method(nn.Module, metaclass=MethodType):
         cosine = image @ text.T if text.dim() == 2 else (text @ image[:, :, None]).squeeze(-1)
         return self.clip.logit_scale.float() * cosine
 
+    def regularizer(self, batch: Batch, image: Tensor, text: Tensor) -> Tensor | float:
+        """What the loss adds to the cross-entropy, (); nothing by default.
+
+        Args:
+            batch: B images.
+            image: (B, E), their features, before normalisation.
+            text: (C, E) or (B, C, E), the class features, before normalisation.
+        """
+        return 0.0
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) of a batch, with gradients where they are enabled."""
-        image = self.encode(batch)
-        return self.score(image, self.text_features(image) if self.conditional else self.class_features())
+        return self.score(*self.features(batch))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Training loss of a batch, (): cross-entropy of :meth:`forward` by default."""
-        return F.cross_entropy(self(batch), batch.labels)
+        """Training loss of a batch, (): by default the cross-entropy of its logits and the :meth:`regularizer`."""
+        image, text = self.features(batch)
+        return F.cross_entropy(self.score(image, text), batch.labels) + self.regularizer(batch, image, text)
 
     # --- what a training run asks for -----------------------------------------------------------------------
 
@@ -180,6 +197,11 @@ class Method(nn.Module, metaclass=MethodType):
         if batch.features is not None and self.reads == "features":
             return batch.features
         return self.image_features(batch.images)
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Image features (B, E) and class features, (C, E) or (B, C, E), of a batch, before normalisation."""
+        image = self.encode(batch)
+        return image, self.text_features(image) if self.conditional else self.class_features()
 
     def class_features(self) -> Tensor:
         """The text features (C, E); without gradients they are remembered until something changes them."""
@@ -267,19 +289,22 @@ class Method(nn.Module, metaclass=MethodType):
 
         Args:
             state: its state dict, or the checkpoint that holds one under "state_dict". What is made from
-                class names (token_prefix, token_suffix) is dropped; a learner that was saved alone may lack
-                "prompt_learner.".
+                class names (token_prefix, token_suffix) and CLIP's own frozen weights are dropped; a learner
+                that was saved alone may lack "prompt_learner.".
 
         Raises:
             InputError: parameters are unknown, missing or of another shape; the text names them.
         """
         state, names, ours = state.get("state_dict", state), self.official_names(), self.state_dict()
+        frozen = {f"text_encoder.{key}" for key in self.clip.model.state_dict()} | {"logit_scale"}
+        frozen |= {key.replace("text_encoder.visual", "image_encoder") for key in frozen}
         values, strange = {}, []
         for key, value in state.items():
             official = key if key in names else f"prompt_learner.{key}"
+            dropped = key in frozen or any(part.startswith(self.official_dropped) for part in key.split("."))
             if official in names:
                 values[official] = value
-            elif not key.rpartition(".")[2].startswith(self.official_dropped):
+            elif not dropped:
                 strange.append(key)
         shapes = [
             f"{key} is {tuple(value.shape)} and not {tuple(ours[names[key]].shape)}"
@@ -355,14 +380,17 @@ class Plugin(Method):
     """
 
     plugin = True
+    # What it extends if no host is named, with its hyperparameters; such a host does not learn.
+    default_host: ClassVar[tuple[str, dict] | None] = None
 
     def __init__(self, clip, classnames, *, host: Method):
         super().__init__(clip, classnames)
         self.host = host
 
+    official_dropped = property(lambda self: self.host.official_dropped)
     reads = property(lambda self: self.host.reads)
     conditional = property(lambda self: self.host.conditional)
-    spec = property(lambda self: f"{self.name}({self.host.spec})")
+    spec = property(lambda self: self.name if self.alone else f"{self.name}({self.host.spec})")
 
     def set_classes(self, classnames):
         super().set_classes(classnames)
@@ -377,6 +405,15 @@ class Plugin(Method):
 
     def image_features(self, images):
         return self.host.image_features(images)
+
+    def encode(self, batch):
+        return self.host.encode(batch)
+
+    def score(self, image, text):
+        return self.host.score(image, text)
+
+    def regularizer(self, batch, image, text):
+        return self.host.regularizer(batch, image, text)
 
     def prepare(self, dataset, recipe, generator):
         return self.host.prepare(dataset, recipe, generator)
@@ -442,7 +479,7 @@ def parse(spec: str) -> tuple[str, str | None]:
     known = methods()
     if name not in known:
         raise unknown("method", name, list(known))
-    if known[name].plugin and not host:
+    if known[name].plugin and not host and not known[name].default_host:
         raise InputError(f"{name} extends another method: name its host, as in '{name}(coop)'")
     if host is not None:
         if not known[name].plugin:

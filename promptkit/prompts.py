@@ -217,15 +217,16 @@ class Context(nn.Module):
     """Learned tokens around a class name: CoOp's prompt learner (arXiv 2109.01134, section 3.2).
 
         end:    SOS | v_1 .. v_M | name . EOT
-        middle: SOS | v_1 .. v_h | name | v_h+1 .. v_M | . EOT,   h = M // 2
+        middle: SOS | v_1 .. v_h | name | v_h+1 .. v_M | . EOT,   h = M // 2, or where "[CLS]" stands in the words
         front:  SOS | name | v_1 .. v_M | . EOT
 
     Args:
         clip (FrozenCLIP): the model; not part of this module.
         classnames (Sequence[str]): C names.
-        length (int): M, unless `words` are given.
-        words (str | None): initial words, such as "a photo of a": M is then their number, and the context is
-            shared by all classes. Tokens that they take beyond one a word stay fixed behind the context.
+        length (int | None): M; by default 16, or the number of `words`.
+        words (str | None): initial words, such as "a photo of a"; the context is then shared by all classes.
+            Their first M tokens learn, and the rest stay fixed behind them. Where there are fewer words than M,
+            as many tokens as there are words learn, and zero vectors stand before them.
         position (str): "end", "middle" or "front".
         class_specific (bool): a context for each class.
         std (float): of the random initialisation, normal with mean 0.
@@ -242,7 +243,7 @@ class Context(nn.Module):
         self,
         clip: FrozenCLIP,
         classnames: Sequence[str],
-        length: int = 16,
+        length: int | None = None,
         words: str | None = None,
         position: str = "end",
         class_specific: bool = False,
@@ -253,17 +254,24 @@ class Context(nn.Module):
         if position not in POSITIONS:
             raise unknown("position", position, POSITIONS)
         self.__dict__["clip"] = clip
-        self.position = position
         self._extra: list[int] = []
-        words = (words or "").replace("_", " ").strip()
+        if length is not None and length < 1:
+            raise InputError(f"a context needs at least one token, not length={length}")
+        words = (words or "").replace("_", " ").split()
+        self._half = None
+        if "[CLS]" in words:  # marks the place of the class name
+            self._half = words.index("[CLS]")
+            words.remove("[CLS]")
+            position = "middle"
+        self.position, words = position, " ".join(words)
         if words:
             ids = clip.encode(words)
-            length = min(len(words.split()), len(ids))
-            self._extra, class_specific = ids[length:], False
-            vectors = clip.embed(ids[:length]).clone()
+            known = min(len(words.split()), len(ids), length or len(ids))
+            length = length or known
+            self._extra, class_specific = ids[known:], False
+            vectors = nn.functional.pad(clip.embed(ids[:known]), (0, 0, length - known, 0))  # zeros come first
         else:
-            if length < 1:
-                raise InputError(f"a context needs at least one token, not length={length}")
+            length = length or 16
             shape = (len(check_classnames(classnames, True)), length) if class_specific else (length,)
             vectors = torch.empty(*shape, clip.width).normal_(0, std, generator=generator).to(clip.device)
         self.class_specific, self.length = class_specific, length
@@ -286,7 +294,7 @@ class Context(nn.Module):
                 )
             self._own = names
         extra = [torch.tensor(self._extra)] if self._extra else []
-        half = self.length // 2
+        half = self._half = self.length // 2 if self._half is None else self._half
         pattern = {
             "end": [self.length, *extra, "{}."],
             "middle": [half, "{}", self.length - half, *extra, "."],
@@ -306,10 +314,27 @@ class Context(nn.Module):
         """
         vectors = self.vectors if vectors is None else vectors
         if self.position == "middle":
-            half = self.length // 2
-            return self.template(vectors[..., :half, :], vectors[..., half:, :])
+            return self.template(vectors[..., : self._half, :], vectors[..., self._half :, :])
         return self.template(vectors)
 
 
 def _short(name: str) -> str:
     return repr(name if len(name) <= 60 else name[:57] + "...")
+
+
+def deep_prompts(clip: FrozenCLIP, depth: int | None, least: int = 0) -> int:
+    """How many blocks of both towers get prompts of their own.
+
+    Args:
+        depth (int | None): the number, or None for three quarters of the text tower's blocks: 9 of 12.
+        least (int): the smallest depth that makes sense.
+
+    Raises:
+        InputError: if a tower has fewer blocks.
+    """
+    blocks = min(len(clip.text_tower.blocks), len(clip.image_tower.blocks))
+    if depth is None:
+        return max(len(clip.text_tower.blocks) * 3 // 4, 1)
+    if not least <= depth <= blocks:
+        raise InputError(f"depth must be from {least} to the {blocks} blocks of {clip.name!r}, got {depth}")
+    return depth

@@ -216,7 +216,8 @@ def prepare(run: Run) -> Plan:
             raise InputError(f"{key} must be a whole number from {least}, got {value!r}")
     source = _dataset(run.dataset, run.root)
     targets = _targets(run, source)
-    run, recipe, zero_shot = _resolve(run, source)
+    run, recipe, untrained = _resolve(run, source)
+    zero_shot = untrained and methods()[parse(run.method)[0]].kind == "zero-shot"  # nothing in it is random either
     clip = run.clip
     if not isinstance(clip, FrozenCLIP):
         clip = _clip(clip, run.pretrained, run.device, run.precision)
@@ -229,7 +230,7 @@ def prepare(run: Run) -> Plan:
         "dataset": source.name,
         "images": {dataset.name: _images(dataset) for dataset in (source, *targets)},
         "targets": [target.name for target in targets],
-        "shots": 0 if zero_shot else run.shots,
+        "shots": 0 if untrained else run.shots,
         "seed": 0 if zero_shot else run.seed,
         "profile": run.profile,
         "max_steps": run.max_steps,
@@ -244,7 +245,7 @@ def prepare(run: Run) -> Plan:
 def _targets(run, source):
     """The datasets that a run is tested on beside its source."""
     if run.protocol == "domain-generalization":
-        targets = _shifts(source)
+        targets = _shifts(source, run.root)
         if not targets:
             raise InputError(f"{source.name} has no shifted versions to measure domain-generalization on")
         return targets
@@ -257,7 +258,7 @@ def _targets(run, source):
 
 
 def _resolve(run, source):
-    """The run without what does not concern its method, the recipe, and whether it is zero-shot."""
+    """The run without what does not concern its method, the recipe, and whether it needs no training images."""
     setting = Setting(run.protocol, source.name, run.shots, run.profile)
     if run.method == PROBE:
         if run.protocol != "few-shot":
@@ -268,14 +269,14 @@ def _resolve(run, source):
     method = methods()[parse(run.method)[0]]
     fields = {key: value for key, value in run.overrides.items() if key in RECIPE_FIELDS}
     hparams = {key: value for key, value in run.overrides.items() if key not in RECIPE_FIELDS}
-    zero_shot = method.kind == "zero-shot"
-    if zero_shot:  # nothing is trained, so nothing about training tells two runs apart
-        run, fields = replace(run, overrides=hparams, max_steps=None), {}
     recipe = train.recipe(run.method, setting)
+    untrained = recipe.epochs == 0 and method.prepare is Method.prepare
+    if untrained:  # nothing about training tells two runs apart
+        run, fields = replace(run, overrides=hparams, max_steps=None), {}
     recipe = replace(recipe, **fields, hparams=_merge(recipe.hparams, hparams))
     if not method.plugin:  # a plug-in needs its host for that, so build() checks it
         method.check(recipe.hparams)
-    return run, recipe, zero_shot
+    return run, recipe, untrained
 
 
 def execute(run: Run | Plan, results=None, force=False, progress=True, save=None) -> pd.DataFrame:
@@ -385,10 +386,9 @@ def _dataset(dataset, root):
     return data.load_dataset(dataset) if root is None else data.load_dataset(dataset, root)
 
 
-def _shifts(dataset):
-    """The shifted versions of a dataset: its own, or those of the mini world's main set."""
-    own = list(getattr(dataset, "shifts", {}).values())
-    return own or [data.load_dataset(name) for name in data.SHIFTS if dataset.name == "mini"]
+def _shifts(dataset, root):
+    """The shifted versions of a dataset."""
+    return [_dataset(name, root) for name in dataset.shifts]
 
 
 def _images(dataset):

@@ -270,21 +270,30 @@ def _average(cells, protocol, level):
 # --- the papers' own numbers --------------------------------------------------------------------------------
 
 
-def paper_numbers(**filters) -> pd.DataFrame:
-    """What the papers report, with paper (arXiv id) and table.
+def paper_numbers(variants=False, **filters) -> pd.DataFrame:
+    """What the papers report, with paper (arXiv id, or the proceedings where there is none) and table.
 
-    ``metric`` is "base", "new", "hm" or "accuracy", values in percent. In cross-dataset and
-    domain-generalization rows ``dataset`` is the target; the source is ImageNet. ``dataset="average"`` rows
-    are the averages that the paper prints.
+    ``metric`` is "base", "new", "hm" or "accuracy", values in percent and as printed, misprints included. In
+    cross-dataset and domain-generalization rows ``dataset`` is the target; the source is ImageNet.
+    ``dataset="average"`` rows are the averages that the paper prints over the datasets of the protocol,
+    "average_8" those over eight datasets of its own choice. A method that needs no labels has 0 shots.
+
+    ``variant`` is empty for a method as its paper runs it, and tells ablations, teachers and other authors'
+    reruns apart ("rerun", "without selection", "64 images a class"). Those rows are left out unless they are
+    asked for.
 
     Args:
-        filters: column=value or column=[values] to keep.
+        variants: rows with a variant too.
+        filters: column=value or column=[values] to keep; one by ``variant`` looks at all rows.
 
     Returns:
-        Columns paper, table, method, protocol, dataset, metric, shots, backbone, value.
+        Columns paper, table, method, protocol, dataset, metric, shots, backbone, value, variant.
     """
     with resources.files("promptkit").joinpath("assets/papers.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file, dtype={"paper": str}).pipe(_filtered, filters)
+        rows = pd.read_csv(file, dtype={"paper": str}, keep_default_na=False)
+    if not variants and "variant" not in filters:
+        rows = rows[rows["variant"] == ""]
+    return _filtered(rows, filters)
 
 
 def compare(runs: pd.DataFrame, papers: pd.DataFrame | None = None, level=0.95, how="left") -> pd.DataFrame:
@@ -292,12 +301,12 @@ def compare(runs: pd.DataFrame, papers: pd.DataFrame | None = None, level=0.95, 
 
     Args:
         runs: tidy rows of runs (averages are made here, so that average rows meet average rows).
-        papers: rows of :func:`paper_numbers`; all by default.
+        papers: rows of :func:`paper_numbers`; by default all without a variant.
         how: "left" keeps every number of ours, "inner" those that a paper reports too.
 
     Returns:
         Columns of :func:`summarise` and ``reported``, ``difference`` (ours - reported), ``paper``, ``table``,
-        ``backbone``.
+        ``backbone``, ``variant``.
     """
     ours = summarise(runs, level)
     papers = paper_numbers() if papers is None else papers

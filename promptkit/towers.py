@@ -503,6 +503,7 @@ class ImageTower:
     def __init__(self, model: nn.Module, budget: int):
         self.visual, self.budget = model.visual, budget
         self.blocks = [_Block(module) for module in model.visual.transformer.resblocks]
+        self.length = len(self.visual.positional_embedding)  # the class token and the patches; prompts stand behind
 
     def __call__(
         self,

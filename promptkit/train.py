@@ -218,11 +218,11 @@ def fit(
     start = _resume(checkpoint, run, method, optimizer, generator, history) if checkpoint else 0
 
     split = dataset.train
+    method.train()
     read = reader(method, split, recipe.augment, generator)
     per_epoch = max(len(split) // recipe.batch_size, 1)
     total = min(recipe.epochs * per_epoch, max_steps or math.inf)
     began = time.perf_counter() - history.seconds
-    method.train()
     with tqdm(total=total, initial=history.steps, desc=method.spec, unit="step", disable=not progress) as bar:
         for epoch in range(start, recipe.epochs):
             if history.steps >= total:
@@ -290,8 +290,9 @@ def predictions(method: Method, split, batch_size: int = 100, seed: int = 0) -> 
     Text features are computed once, frozen image features come from the cache, and methods that adapt to each
     image (``reads = "views"``) draw from a generator seeded with ``seed``.
     """
+    method.eval()
     read = reader(method, split, False, torch.Generator().manual_seed(seed))
-    batches = torch.arange(len(split)).split(1 if method.reads == "views" else batch_size)
+    batches = torch.arange(len(split)).split(8 if method.reads == "views" else batch_size)
     return torch.cat([method.logits(read(indices)).argmax(dim=-1).cpu() for indices in batches])
 
 

@@ -15,7 +15,9 @@ from promptkit.errors import InputError
 from promptkit.method import Batch, Method, build, load_method, methods
 from promptkit.train import Setting, accuracy, fit, recipe
 
-SPECS = [f"{name}(coop)" if cls.plugin else name for name, cls in methods().items()]
+KNOWN = methods()
+SPECS = [name for name, cls in KNOWN.items() if not cls.plugin or cls.default_host]
+SPECS += [f"{name}(coop)" for name, cls in KNOWN.items() if cls.plugin]
 pytestmark = pytest.mark.parametrize("spec", SPECS)
 
 

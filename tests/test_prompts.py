@@ -72,7 +72,7 @@ def test_vectors_of_groups(tiny_clip, position):
 
 
 def test_words(tiny_clip):
-    context = Context(tiny_clip, NAMES, 16, words="a photo of a", class_specific=True)
+    context = Context(tiny_clip, NAMES, words="a photo of a", class_specific=True)
     assert context.vectors.shape == (4, 32) and not context.class_specific
     oracle = tiny_clip.encode_text([f"a photo of a {name}." for name in NAMES])
     assert_close(tiny_clip.text(context.prompt())[0], oracle)

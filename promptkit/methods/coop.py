@@ -66,7 +66,7 @@ class CoOp(Method):
         self.context = Context(
             clip,
             self.classnames,
-            length=n_ctx,
+            length=None if init else n_ctx,
             words=init or None,
             position=position,
             class_specific=class_specific and not init,

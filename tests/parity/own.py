@@ -3,10 +3,20 @@
 Parts without a function of their own go to the one of part ``None``.
 """
 
-import torch
-from seeded import seeded_images
+import re
+from functools import partial
 
+import numpy as np
+import torch
+from PIL import Image
+from seeded import seeded, seeded_images
+from torch.nn.functional import avg_pool2d
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from promptkit.method import Batch
 from promptkit.methods.clip import CLIP
+from promptkit.methods.tpt import OPERATIONS, TPT, image_views
+from promptkit.methods.waffleclip import WaffleCLIP
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
@@ -31,4 +41,116 @@ def check_clip(clip, fixture, arrays):
     assert torch.equal(tokens.argmax(dim=-1), arrays["eot"])
 
 
-OWN = {("clip", None): check_clip}
+def check_tpt(clip, fixture, arrays, host=""):
+    """Every intermediate of the adaptation of each test image, alone and in a batch with the others."""
+    names, options = fixture["classnames"], fixture["hyperparameters"]
+    described = fixture["optimizer"]
+
+    def make(**changes):
+        method = TPT.from_official(clip, names, options | changes, host=host)
+        method.step_size, method.decay = described["lr"], described["weight_decay"]
+        state = {}
+        for name, p in fixture["parameters"].items():
+            ours = method.official_names()[name.replace("prompt_generator.", "prompt_learner.")]
+            drawn = seeded(f"{fixture['name']}/{name}", p["shape"], p["std"]) if "std" in p else None
+            state[name] = method.state_dict()[ours].clone() if drawn is None else p.get("mean", 0.0) + drawn
+        method.load_official(state)
+        return method.eval()
+
+    method, n = make(), fixture["n_views"]
+    views = torch.stack([seeded_images(f"{fixture['name']}/image{b}", n) for b in range(fixture["batch"])])
+    torch.testing.assert_close(method.logits(Batch(views=views)), arrays["logits"], **CLOSE)
+    features = torch.stack([clip.encode_image(v) for v in views])  # (B, V, E)
+    done = method.adapt(features)
+    torch.testing.assert_close(done.logits, arrays["logits"], **CLOSE)
+    torch.testing.assert_close(done.view_logits, arrays["view_logits"], **CLOSE)
+    assert torch.equal(done.selected, arrays["selected"].long())
+    torch.testing.assert_close(done.losses.T, arrays["losses"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(done.losses[0], arrays["loss"], rtol=1e-3, atol=1e-6)
+    gradient = next(key for key in arrays if key.startswith("grad/"))
+    norms = done.gradient.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, arrays[gradient.replace("grad/", "gradnorm/")], rtol=1e-3, atol=1e-6)
+    stored = arrays[gradient]
+    scale = stored.abs().amax().item()
+    torch.testing.assert_close(done.gradient.flatten(1)[:, : stored.shape[1]], stored, rtol=1e-3, atol=1e-3 * scale)
+    certain = stored.abs() > 1e-5  # AdamW's first step has the sign of the gradient
+    after = done.vectors.flatten(1)[:, : stored.shape[1]]
+    torch.testing.assert_close(after[certain], arrays["ctx_after"][certain], rtol=1e-3, atol=1e-4)
+    for name, value in {
+        "entropy": done.entropy,
+        "zero_shot_logits": done.view_logits[:, 0],
+        "feat0": features[:, 0],
+        "gen_ctx": done.start.flatten(1)[:, :256],
+        "ctx_delta_norm": (done.vectors - done.start).flatten(1).norm(dim=1),
+    }.items():
+        if name in arrays:
+            torch.testing.assert_close(value, arrays[name], **CLOSE)
+    if "tokenized_prompts" in arrays:
+        tokens = clip.tokenize([f"{options['ctx_init']} {name}.".replace("_", " ") for name in names])
+        assert torch.equal(tokens, arrays["tokenized_prompts"][:, : tokens.shape[1]].long())
+    if "trace" in arrays:
+        longer = make(tta_steps=arrays["trace"].shape[1])
+        torch.testing.assert_close(longer.adapt(features).losses.T, arrays["trace"], rtol=1e-3, atol=1e-4)
+
+
+def check_tpt_views(clip, fixture, arrays):
+    """Views and single operations; they also pin what the image libraries do."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.mean, clip.std))
+    size, severity = fixture["hyperparameters"]["size"], fixture["hyperparameters"]["severity"]
+
+    def image(name, cells, cell):
+        pixels = (128 + 60 * seeded(f"{fixture['name']}/{name}", (*cells, 3))).round().clamp(0, 255).byte()
+        return Image.fromarray(pixels.repeat_interleave(cell, 0).repeat_interleave(cell, 1).numpy())
+
+    whole, square = image("pixels", (26, 30), 10), image("square", (16, 16), 14)
+    for name, stored in arrays.items():
+        kind, what, seed = name.split("/")
+        rng = np.random.RandomState(int(seed))
+        if kind == "op":
+            out = pil_to_tensor(OPERATIONS[what](square, severity, rng)).float() / 255
+            torch.testing.assert_close(avg_pool2d(out, 16), stored, rtol=0, atol=0.01)
+            continue
+        torch.manual_seed(int(seed))
+        views = (
+            image_views(whole, fixture["hyperparameters"]["n_views"] + 1, size, what == "augmix", rng) - mean
+        ) / std
+        if kind == "view_std":
+            torch.testing.assert_close(views.std(dim=(2, 3)), stored, rtol=0, atol=0.02)
+        else:
+            torch.testing.assert_close(avg_pool2d(views, 16), stored, rtol=0, atol=0.02)
+            torch.testing.assert_close(avg_pool2d(views[:1], 16), stored[:1], rtol=0, atol=0.01)
+
+
+def check_waffleclip(clip, fixture, arrays):
+    """The random sentences word by word, their scores, averaged and merged."""
+    names, options = fixture["classnames"], fixture["hyperparameters"]
+    images = seeded_images(fixture["images"].split('"')[1], fixture["batch"], fixture["resolution"])
+    features = {"descriptors": fixture["descriptors"], "word_list": fixture["word_list"]}
+    concept = re.search(r" a (.*):", options["concept_label_before_text"])[1]
+    for key, prompts in fixture["prompts"].items():
+        variant, repetition = key.split("/")
+        mode, _, broad = variant.partition("+")
+        chosen = {"mode": mode, "concept": concept if broad else "", "reps": int(repetition)}
+
+        make = partial(WaffleCLIP.from_official, clip, names)
+        method = make(options | features | chosen)
+        merged = make(options | features | chosen | {"aggregate": "merge"})
+        stored = [prompts[name] for name in names]
+        assert method.sentences() == [[texts] if isinstance(texts, str) else texts for texts in stored], key
+        scores = {f"scores/{key}": method, f"merged_scores/{key}": merged}
+        for name, scorer in scores.items():
+            torch.testing.assert_close(scorer.logits(images), 100 * arrays[name], **CLOSE)
+        first = clip.encode_text([texts[0] for texts in method.sentences()])
+        first, stored = torch.nn.functional.normalize(first, dim=-1), arrays[f"text_features_first/{key}"]
+        torch.testing.assert_close(first[:, : stored.shape[1]], stored, rtol=1e-3, atol=1e-5)
+    first = next(iter(fixture["prompts"]))
+    torch.testing.assert_close(100 * arrays[f"scores/{first}"], arrays["logits"], **CLOSE)
+
+
+OWN = {
+    ("clip", None): check_clip,
+    ("tpt", None): check_tpt,
+    ("tpt", "CoCoOp initialisation"): partial(check_tpt, host="cocoop"),
+    ("tpt", "views"): check_tpt_views,
+    ("waffleclip", None): check_waffleclip,
+}

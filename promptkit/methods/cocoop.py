@@ -1,0 +1,86 @@
+"""CoCoOp: a context that every image shifts.
+
+Conditional Prompt Learning for Vision-Language Models; Zhou et al., CVPR 2022; arXiv 2203.05557.
+
+Deviations: context and Meta-Net are kept in float32, where the paper's runs use half precision; the classes of
+all images go through the text tower together, where the published code takes one image at a time.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from promptkit.errors import InputError
+from promptkit.method import Method, expect, register
+from promptkit.prompts import Context
+from promptkit.train import Recipe
+
+
+class MetaNet(nn.Module):
+    """A bottleneck of two layers from image features (B, E) to shifts of the context (B, D)."""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        self.linear1 = nn.Linear(features, max(features // 16, 1))
+        self.linear2 = nn.Linear(max(features // 16, 1), width)
+
+    def forward(self, x):
+        return self.linear2(F.relu(self.linear1(x)))
+
+
+@register
+class CoCoOp(Method):
+    r"""CoOp's context, plus one vector that a small network makes from the image, added to every token of it.
+
+    .. math:: v_m(x) = v_m + \pi(x), \quad \pi(x) = W_2\,\mathrm{ReLU}(W_1 \bar f(x) + b_1) + b_2, \qquad
+       p(y = c \mid x) \propto \exp(s \cos(f(x), g([v_1(x)] \dots [v_M(x)]\,[\mathrm{class}_c]\,.)))
+
+    with the normalised image feature :math:`\bar f(x)`. Every image has class features of its own, so B images
+    and C classes are B x C prompts; those of one image share its context.
+
+    Args:
+        clip: the frozen backbone.
+        classnames: the C class names.
+        n_ctx: M, the number of vectors; with ``init`` it is the number of words there.
+        init: words whose embeddings the vectors start from; empty: normal, std 0.02.
+
+    Raises:
+        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
+            tower.
+    """
+
+    name = "cocoop"
+    title = "CoCoOp"
+    year = 2022
+    paper = "2203.05557"
+    kind = "conditional prompt"
+    conditional = True
+    official_hyperparameters = {"N_CTX": "n_ctx", "CTX_INIT": "init"}
+
+    def __init__(self, clip, classnames, *, n_ctx: int = 4, init: str = "a photo of a"):
+        super().__init__(clip, classnames)
+        expect(n_ctx >= 1, "n_ctx", n_ctx, "at least 1")
+        self.context = Context(clip, self.classnames, length=None if init else n_ctx, words=init or None)
+        self.meta_net = MetaNet(clip.embed_dim, clip.width)
+
+    def set_classes(self, classnames):
+        super().set_classes(classnames)
+        self.context.set_classes(self.classnames)
+
+    def shift(self, image_features):
+        """pi, (B, D): what images with features (B, E) add to every vector of the context."""
+        return self.meta_net(F.normalize(image_features, dim=-1))
+
+    def text_features(self, image_features=None):
+        if image_features is None:
+            raise InputError("CoCoOp's class features depend on the image: pass image_features, (B, E)")
+        vectors = self.context.vectors + self.shift(image_features)[:, None, None]  # (B, 1, M, D)
+        return self.clip.text(self.context.prompt(vectors))  # (B, C, E)
+
+    def official_names(self):
+        parts = [f"meta_net.{layer}.{part}" for layer in ("linear1", "linear2") for part in ("weight", "bias")]
+        return {"prompt_learner.ctx": "context.vectors"} | {f"prompt_learner.{part}": part for part in parts}
+
+    @classmethod
+    def recipe(cls, setting, host=None):
+        """The paper's, the same for all protocols: batches of one image."""
+        return Recipe(hparams={"n_ctx": 4, "init": "a photo of a"}, epochs=10, batch_size=1)

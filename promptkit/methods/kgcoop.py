@@ -1,0 +1,117 @@
+"""KgCoOp: stay close to what the hand-written prompt says.
+
+Visual-Language Prompt Tuning with Knowledge-guided Context Optimization; Yao et al., CVPR 2023; arXiv 2303.13283.
+
+Deviations: none from the published code. The paper writes the penalty as a squared distance, which for unit
+vectors is twice the code's 1 - cos; the published weight of 8 belongs to the code's form, used here.
+"""
+
+from functools import cached_property
+
+import torch.nn.functional as F
+
+from promptkit.clip import zero_shot_features
+from promptkit.method import expect, register
+from promptkit.methods.coop import CoOp
+from promptkit.train import Recipe
+
+# The hand-written prompts of the published runs, by the names of the datasets there.
+TEMPLATES = {
+    "OxfordPets": "a photo of a {}, a type of pet.",
+    "OxfordFlowers": "a photo of a {}, a type of flower.",
+    "FGVCAircraft": "a photo of a {}, a type of aircraft.",
+    "DescribableTextures": "a photo of a {}, a type of texture.",
+    "EuroSAT": "a centered satellite photo of {}.",
+    "Food101": "a photo of {}, a type of food.",
+    "UCF101": "a photo of a person doing {}.",
+}
+
+
+@register
+class KgCoOp(CoOp):
+    r"""CoOp whose class features w are held near those u of a hand-written template.
+
+    .. math:: L = L_{ce} + \lambda\,\frac1C \sum_{c=1}^{C} \bigl(1 - \cos(w_c, u_c)\bigr)
+
+    The penalty runs over all C classes at every step, not over those in the batch. Inference is CoOp's.
+
+    Args:
+        clip: the frozen backbone.
+        classnames: the C class names.
+        lam: the penalty's weight; 0 is CoOp.
+        template: of the hand-written prompts, with "{}" for the class name. None: that of the dataset it is
+            aimed at, "a photo of a {}." before.
+        n_ctx, init, class_specific: the context, as in CoOp; the class name stands at the end.
+
+    Raises:
+        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
+            tower.
+    """
+
+    name = "kgcoop"
+    title = "KgCoOp"
+    year = 2023
+    paper = "2303.13283"
+    official_hyperparameters = {
+        "W": "lam",
+        "N_CTX": "n_ctx",
+        "CTX_INIT": "init",
+        "CSC": "class_specific",
+        "handcrafted_template": "template",
+        "dataset": None,
+        "DATASET": None,
+    }
+    official_dropped = (*CoOp.official_dropped, "bias_vectors", "meta_net", "adapter")  # never trained
+
+    def __init__(
+        self,
+        clip,
+        classnames,
+        *,
+        lam: float = 8.0,
+        template: str | None = None,
+        n_ctx: int = 4,
+        init: str = "a photo of a",
+        class_specific: bool = False,
+    ):
+        super().__init__(clip, classnames, n_ctx=n_ctx, init=init, class_specific=class_specific)
+        expect(lam >= 0, "lam", lam, "at least 0")
+        expect(template is None or "{}" in template, "template", template, "a sentence with {} for the class name")
+        self.lam = lam
+        self.given, self.template = template is not None, template or "a photo of a {}."
+
+    def aim(self, dataset):
+        """Take over the dataset's classes and, unless a template was asked for, its template."""
+        if not self.given:
+            self.template = self.hparams["template"] = dataset.template
+        super().aim(dataset)
+
+    def set_classes(self, classnames):
+        super().set_classes(classnames)
+        vars(self).pop("anchor", None)
+
+    @cached_property
+    def anchor(self):
+        """u, (C, E), normalised: features of the hand-written prompts, computed when training first asks."""
+        return zero_shot_features(self.clip, self.classnames, self.template)
+
+    def regularizer(self, batch, image, text):
+        cosine = F.cosine_similarity(text, self.anchor, dim=-1, eps=1e-7)  # (C,), or (B, C)
+        return self.lam * (1 - cosine.mean())
+
+    @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; any true CTX_INIT means "a photo of a", and a dataset stands for its template."""
+        ours = super().official_hparams(hyperparameters)
+        if "init" in ours:
+            ours["init"] = "a photo of a" if ours["init"] else ""
+        dataset = hyperparameters.get("DATASET", hyperparameters.get("dataset"))
+        if dataset in TEMPLATES and "template" not in ours:
+            ours["template"] = TEMPLATES[dataset]
+        return ours
+
+    @classmethod
+    def recipe(cls, setting, host=None):
+        """The paper's, the same for all protocols. Textures have a template of their own."""
+        texture = {"template": TEMPLATES["DescribableTextures"]} if setting.dataset == "dtd" else {}
+        return Recipe(hparams=texture, epochs=100, batch_size=128)

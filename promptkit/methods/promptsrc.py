@@ -1,0 +1,180 @@
+"""PromptSRC: deep prompts that regulate themselves against the frozen CLIP.
+
+Self-regulating Prompts: Foundational Model Adaptation without Forgetting; Khattak et al., ICCV 2023; arXiv
+2307.06948.
+
+Deviations: the epoch average covers the learned prompts alone (the published code averages the frozen weights
+too, to themselves), and its mean and width are given as fractions of the training. As in that code, and not as
+in the paper's formulas, the feature terms are means over all entries.
+"""
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from promptkit.method import expect, register
+from promptkit.methods.ivlp import IVLP
+from promptkit.train import Recipe
+
+# OpenAI's templates for ImageNet, those that the published code uses and in its order.
+TEMPLATES = [
+    "a photo of a {}.", "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.",
+    "a photo of the hard to see {}.", "a low resolution photo of the {}.", "a rendering of a {}.",
+    "graffiti of a {}.", "a bad photo of the {}.", "a cropped photo of the {}.", "a tattoo of a {}.",
+    "the embroidered {}.", "a photo of a hard to see {}.", "a bright photo of a {}.", "a photo of a clean {}.",
+    "a photo of a dirty {}.", "a dark photo of the {}.", "a drawing of a {}.", "a photo of my {}.", "the plastic {}.",
+    "a photo of the cool {}.", "a close-up photo of a {}.", "a black and white photo of the {}.",
+    "a painting of the {}.", "a painting of a {}.", "a pixelated photo of the {}.", "a sculpture of the {}.",
+    "a bright photo of the {}.", "a cropped photo of a {}.", "a plastic {}.", "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.", "a blurry photo of the {}.", "a photo of the {}.", "a good photo of the {}.",
+    "a rendering of the {}.", "a {} in a video game.", "a photo of one {}.", "a doodle of a {}.",
+    "a close-up photo of the {}.", "the origami {}.", "the {} in a video game.", "a sketch of a {}.",
+    "a doodle of the {}.", "a origami {}.", "a low resolution photo of a {}.", "the toy {}.",
+    "a rendition of the {}.", "a photo of the clean {}.", "a photo of a large {}.", "a rendition of a {}.",
+    "a photo of a nice {}.", "a photo of a weird {}.", "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.",
+    "a sketch of the {}.", "a embroidered {}.", "a pixelated photo of a {}.", "itap of the {}.",
+]  # fmt: skip
+
+
+@register
+class PromptSRC(IVLP):
+    r"""IVLP, held near the frozen CLIP in features and predictions, its prompts averaged over the epochs.
+
+    With normalised prompted features w, f and logits z, and those of the frozen CLIP w', f', z' (w' the mean over
+    60 templates),
+
+    .. math:: L = L_{ce}(z) + \lambda_t\,\overline{|w - w'|} + \lambda_i\,\overline{|f - f'|}
+       + \frac{\lambda_z}{BC} \sum_{b,c} q'_{bc} (\log q'_{bc} - \log q_{bc}), \qquad q = \mathrm{softmax}(z)
+
+    The final prompts are the average over epochs e = 1 .. E, weighted by a Gaussian in e.
+
+    Args:
+        clip: the frozen backbone.
+        classnames: the C class names.
+        text_weight, image_weight, logit_weight: of the three terms.
+        templates: of the frozen text features.
+        averaging: "gaussian", "uniform", or "last" for the last epoch alone.
+        gpa_mean, gpa_std: mean and width of the Gaussian, in fractions of the epochs: 15 and 1 of 20.
+        n_ctx, n_ctx_vision, depth, depth_vision, init: the prompts, as in IVLP.
+
+    Raises:
+        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
+            tower.
+    """
+
+    name = "promptsrc"
+    title = "PromptSRC"
+    reads = "images+features"
+    official_hyperparameters = IVLP.official_hyperparameters | {
+        "text_loss_weight": "text_weight",
+        "image_loss_weight": "image_weight",
+        "logit_loss_weight": "logit_weight",
+        "templates": "templates",
+        "gpa_mean": "gpa_mean",
+        "gpa_std": "gpa_std",
+        "max_epoch": None,
+    }
+    official_dropped = (*IVLP.official_dropped, "ZS_image_encoder")  # a second copy of the frozen tower
+
+    def __init__(
+        self,
+        clip,
+        classnames,
+        *,
+        text_weight: float = 25.0,
+        image_weight: float = 10.0,
+        logit_weight: float = 1.0,
+        templates: list[str] | None = None,
+        averaging: Literal["gaussian", "uniform", "last"] = "gaussian",
+        gpa_mean: float = 0.75,
+        gpa_std: float = 0.05,
+        n_ctx: int = 4,
+        n_ctx_vision: int = 4,
+        depth: int | None = None,
+        depth_vision: int | None = None,
+        init: str = "a photo of a",
+    ):
+        prompts = {"n_ctx": n_ctx, "n_ctx_vision": n_ctx_vision, "depth": depth, "depth_vision": depth_vision}
+        super().__init__(clip, classnames, **prompts, init=init)
+        weights = {"text_weight": text_weight, "image_weight": image_weight, "logit_weight": logit_weight}
+        for name, weight in weights.items():
+            expect(weight >= 0, name, weight, "at least 0")
+        expect(gpa_std > 0, "gpa_std", gpa_std, "above 0")
+        templates = TEMPLATES if templates is None else templates
+        fine = len(templates) > 0 and all("{}" in template for template in templates)
+        expect(fine, "templates", templates, "one sentence or more, each with {} in place of the class name")
+        self.weights, self.templates = tuple(weights.values()), list(templates)
+        self.averaging, self.gpa_mean, self.gpa_std = averaging, gpa_mean, gpa_std
+
+    def set_classes(self, classnames):
+        super().set_classes(classnames)
+        vars(self).pop("anchor", None)
+
+    @cached_property
+    def anchor(self):
+        """w', (C, E), normalised: the mean of the templates' raw features, computed when training first asks."""
+        texts = [template.replace("{}", name) for template in self.templates for name in self.classnames]
+        features = self.clip.encode_text(texts).view(len(self.templates), len(self.classnames), -1)  # (K, C, E)
+        return F.normalize(features.mean(0), dim=-1)
+
+    def terms(self, batch, image, text):
+        """The three weighted regularisers, each (), of prompted features (B, E) and (C, E)."""
+        with torch.no_grad():
+            frozen = self.clip.encode_image(batch.images) if batch.features is None else batch.features  # (B, E)
+            target = self.score(frozen, self.anchor).log_softmax(dim=-1)  # (B, C)
+        by_text, by_image, by_logits = self.weights
+        logits = self.score(image, text).log_softmax(dim=-1)
+        return (
+            by_text * (F.normalize(text, dim=-1) - self.anchor).abs().mean(),
+            by_image * (F.normalize(image, dim=-1) - F.normalize(frozen, dim=-1)).abs().mean(),
+            by_logits * F.kl_div(logits, target, reduction="sum", log_target=True) / logits.numel(),
+        )
+
+    def regularizer(self, batch, image, text):
+        return sum(self.terms(batch, image, text)) if any(self.weights) else 0.0
+
+    def epoch_weights(self, epochs):
+        """The weight of each epoch in the average, (epochs,), summing to 1."""
+        if self.averaging == "last":
+            return F.one_hot(torch.tensor(epochs - 1), epochs).double()
+        if self.averaging == "uniform":
+            return torch.full((epochs,), 1 / epochs, dtype=torch.float64)
+        e = torch.arange(1, epochs + 1, dtype=torch.float64)
+        return (-((e - self.gpa_mean * epochs) ** 2) / (2 * (self.gpa_std * epochs) ** 2)).softmax(dim=0)
+
+    def end_epoch(self, epoch, recipe):
+        """Add this epoch's prompts to the average; after the last epoch the average takes their place."""
+        weight = self.epoch_weights(recipe.epochs)[epoch].item()
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                before = self.training_state.get(name, 0.0) if epoch else 0.0
+                self.training_state[name] = before + weight * p.detach()
+                if epoch == recipe.epochs - 1:
+                    p.copy_(self.training_state[name])
+
+    @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; the average's mean and width become fractions, a plain loss has no regularisers."""
+        ours, epochs = super().official_hparams(hyperparameters), hyperparameters.get("max_epoch", 20)
+        for name in ("gpa_mean", "gpa_std"):
+            if name in ours:
+                ours[name] = ours[name] / epochs
+        if "loss" in hyperparameters:  # IVLP
+            ours |= {"text_weight": 0.0, "image_weight": 0.0, "logit_weight": 0.0, "averaging": "last"}
+        return ours
+
+    @classmethod
+    def recipe(cls, setting, host=None):
+        """The paper's, with the average of each protocol."""
+        base = super().recipe(setting)
+        if setting.protocol in ("cross-dataset", "domain-generalization"):
+            average = (6 / 20, 10 / 20)
+        elif setting.protocol == "few-shot":
+            broad = ("imagenet", "caltech101", "oxford_pets", "food101", "ucf101", "sun397")
+            average = (30 / 50, 30 / 50) if setting.dataset in broad else (45 / 50, 5 / 50)
+        else:
+            average = (15 / 20, 1 / 20)
+        hparams = base.hparams | {"gpa_mean": average[0], "gpa_std": average[1]}
+        return Recipe(hparams=hparams, epochs=base.epochs, batch_size=base.batch_size, lr=base.lr)
