@@ -1,5 +1,6 @@
 """The figures of the chapters; they read in black and white: markers, line styles and hatches beside hues."""
 
+import re
 from contextlib import contextmanager
 from itertools import cycle
 
@@ -9,7 +10,7 @@ import pandas as pd
 import seaborn as sns
 
 from promptkit.errors import InputError
-from promptkit.results import label, summarise
+from promptkit.results import differences, harmonic_mean, interval, label, summarise
 
 MARKERS = "o s ^ D v P X <".split()
 LINES = ["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1))]
@@ -139,6 +140,102 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
         axis.set_title(_panel_title(dataset, table))
         axis.grid(axis="x", visible=False)
         _legend_below(figure, axis)
+    return figure
+
+
+def difference_bars(runs: pd.DataFrame, a: str, b: str, splits=("base", "new"), names=None, level=0.95):
+    """What ``a`` gains or loses against ``b``, task by task, sorted; bars are intervals over seeds.
+
+    Args:
+        runs: tidy rows of one protocol.
+        a, b: methods, or "method | options"; see :func:`promptkit.results.differences`.
+        splits: a panel each; those of the protocol, such as "base" and "new", or "all".
+        names: dict from method to what the title calls it.
+    """
+    first, second = ((names or {}).get(name, name) for name in (a, b))
+    with style():
+        figure, axes = plt.subplots(
+            1, len(splits), figsize=(4.2 * len(splits), 3.4), squeeze=False, layout="constrained"
+        )
+        for axis, split in zip(axes.flat, splits, strict=True):
+            by_task = differences(runs, a, b, split).groupby("target")
+            cells = pd.DataFrame([interval(values, level) for _, values in by_task], list(by_task.groups))
+            cells = cells.set_axis(["mean", "low", "high"], axis=1).sort_values("mean")
+            shade = sns.color_palette("colorblind")[0]
+            axis.barh(cells.index, cells["mean"], color=shade, alpha=0.6, edgecolor="black", height=0.7)
+            axis.errorbar(cells["mean"], cells.index, xerr=_errors(cells), fmt="none", ecolor="black", capsize=2, lw=1)
+            axis.axvline(0, color="black", linewidth=1)
+            axis.axvline(cells["mean"].mean(), color="black", linestyle=":", linewidth=1.2, label="average")
+            axis.set_xlabel(f"{first} − {second} (points)")
+            axis.set_title({"base": "base classes", "new": "new classes", "all": "all classes"}.get(split, split))
+            axis.grid(axis="y", visible=False)
+            axis.legend(loc="lower right")
+    return figure
+
+
+def option_curves(runs: pd.DataFrame, option: str, default=None, xlabel=None, splits=None, level=0.95):
+    """Accuracy, averaged over tasks, against the values of an option that runs were given.
+
+    Args:
+        runs: tidy rows of one method and protocol.
+        option: name of a hyperparameter or of a field of the recipe, as it was given in the runs' overrides.
+        default: the value of runs to which it was not given; they are left out if None.
+        xlabel: its name on the axis.
+        splits: the curves; all that the protocol has by default.
+    """
+    table = summarise(runs, level)
+    table = table[table["dataset"] == ("average" if "average" in set(table["dataset"]) else table["dataset"].iloc[0])]
+    given = table["options"].str.extract(rf"(?:^|, ){re.escape(option)}=([^,]*)")[0]
+    table = table.assign(at=pd.to_numeric(given.fillna(str(default)), errors="coerce")).dropna(subset="at")
+    if not len(table):
+        raise InputError(f"no runs were given the option {option!r}")
+    titles = {"base": "base classes", "new": "new classes", "hm": "harmonic mean", "all": "all classes"}
+    splits = splits or [split for split in titles if split in set(table["split"])]
+    with style():
+        figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+        for split, marker, line in zip(splits, MARKERS, cycle(LINES), strict=False):
+            cells = table[table["split"] == split].sort_values("at")
+            axis.errorbar(
+                cells["at"], cells["mean"], yerr=_errors(cells), marker=marker, linestyle=line, capsize=2,
+                label=titles.get(split, split),
+            )  # fmt: skip
+        axis.set_xlabel(xlabel or option)
+        axis.set_ylabel("test accuracy (%)")
+        axis.set_title(
+            _panel_title("average", table) if "average" in set(table["dataset"]) else table["dataset"].iloc[0]
+        )
+        axis.legend()
+    return figure
+
+
+def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
+    """Methods as points, averaged over tasks: base accuracy across, new accuracy up; lines of equal harmonic mean.
+
+    Args:
+        runs: tidy rows of the base-to-new protocol.
+        arrows: pairs of labels (from, to), "method" or "method | options", to join, such as a host and a plug-in.
+        names: dict from label to what the figure calls it.
+    """
+    table = _table(runs, "base-to-new", 0.95).query("dataset == 'average'")
+    points = table.pivot_table(index="label", columns="split", values="mean", sort=False)
+    with style():
+        figure, axis = plt.subplots(figsize=(5.4, 4.2), layout="constrained")
+        looks = zip(points.iterrows(), cycle(sns.color_palette("colorblind")), cycle(MARKERS))
+        for (name, at), colour, marker in looks:
+            axis.plot(at["base"], at["new"], marker, color=colour, markeredgecolor="black", markersize=8)
+            text = (names or {}).get(name, name)
+            axis.annotate(text, (at["base"], at["new"]), (6, 4), textcoords="offset points", fontsize=8)
+        for start, end in arrows:
+            tail, head = points.loc[start, ["base", "new"]], points.loc[end, ["base", "new"]]
+            axis.annotate("", head, tail, arrowprops={"arrowstyle": "->", "shrinkA": 6, "shrinkB": 6, "lw": 1.2})
+        axis.margins(0.18)
+        limits = axis.get_xlim(), axis.get_ylim()
+        base, new = np.meshgrid(np.linspace(*limits[0], 60), np.linspace(*limits[1], 60))
+        lines = axis.contour(base, new, harmonic_mean(base, new), 6, colors="grey", linewidths=0.6, linestyles=":")
+        axis.clabel(lines, fmt="H = %.0f", fontsize=7)
+        axis.set_xlabel("accuracy on base classes (%)")
+        axis.set_ylabel("accuracy on new classes (%)")
+        axis.set_title(_panel_title("average", table))
     return figure
 
 

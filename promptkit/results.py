@@ -335,10 +335,9 @@ def differences(runs: pd.DataFrame, a: str, b: str, split: str | None = None, av
         InputError: a method has no rows, has several for one measurement, or nothing of the two is paired.
     """
     left, right = _side(runs, a), _side(runs, b)
-    if _unseeded(right) and not _unseeded(left):
-        right = right.drop(columns=["shots", "seed"])
-    elif _unseeded(left) and not _unseeded(right):
-        left = left.drop(columns=["shots", "seed"])
+    for key in ("shots", "seed"):  # 0 where a method has none
+        if (left[key] == 0).all() != (right[key] == 0).all():
+            left, right = (side.drop(columns=key) if (side[key] == 0).all() else side for side in (left, right))
     keys = [key for key in left if key in right and key != "value"]
     pairs = left.merge(right, on=keys, suffixes=("_a", "_b"))
     if average:
@@ -371,10 +370,6 @@ def _side(runs, name):
             f"several runs of {name!r} measure the same; name one as 'method | options', or filter the rows"
         )
     return rows[[*keys, "value"]]
-
-
-def _unseeded(side):
-    return bool((side["shots"] == 0).all())
 
 
 def _average_pairs(pairs):

@@ -492,6 +492,14 @@ def _run(recompute: bool, function, *args):
     return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of queries (B, H, M, d) over keys and values (B, H, N, d)."""
+    if q.device.type == "cpu" and k.shape[2] <= 64:  # torch's own is made for long sequences
+        probs = torch.softmax((q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float(), dim=-1)  # (B, H, M, N)
+        return probs.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class ImageTower:
     """The vision transformer of a frozen open_clip model.
 
@@ -572,7 +580,7 @@ class ImageTower:
                     weights = (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1 : 1 + N].mean(1)  # (B, N)
                 if not every:
                     x, q = x[:, :1], q[:, :, :1]
-            attended = F.scaled_dot_product_attention(q, k, value).transpose(1, 2).flatten(2)
+            attended = _attention(q, k, value).transpose(1, 2).flatten(2)
             x = edit.after(layer, x, block.finish(x, attended, _branch(edit, layer, span)), span)
         x = linear(v.ln_post(x[:, : 1 + N] if tokens else x[:, :1]), v.proj.t()).float()
         return (x[:, 0], *([x[:, 1:]] if tokens else []), *([weights] if attention else []))

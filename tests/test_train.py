@@ -101,11 +101,13 @@ def test_profiles_change_every_recipe_by_one_rule():
     paper = Recipe(epochs=200, lr=0.002)
     assert for_profile(paper, "full") is paper
     mini = for_profile(paper, "mini")
-    assert (mini.epochs, mini.augment, mini.lr) == (50, False, pytest.approx(0.05))
-    assert for_profile(Recipe(epochs=50), "mini").epochs == 12
+    assert (mini.epochs, mini.augment, mini.lr) == (20, False, pytest.approx(0.024))
+    assert for_profile(Recipe(epochs=50), "mini").epochs == 10
     assert for_profile(Recipe(epochs=10), "mini").epochs == 10
     assert for_profile(Recipe(epochs=5), "mini").epochs == 5
-    assert for_profile(paper, "smoke").epochs == 3
+    batches = [for_profile(Recipe(batch_size=n), "mini").batch_size for n in (1, 16, 128)]
+    assert batches == [8, 16, 32]
+    assert for_profile(paper, "smoke").epochs == 2
     assert for_profile(Recipe(optimizer="adamw"), "mini").lr == 0.002
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from promptkit.data import MINI_TASKS
 from promptkit.method import expect, register
 from promptkit.methods.ivlp import IVLP
 from promptkit.train import Recipe
@@ -54,7 +55,7 @@ class PromptSRC(IVLP):
         clip: the frozen backbone.
         classnames: the C class names.
         text_weight, image_weight, logit_weight: of the three terms.
-        templates: of the frozen text features.
+        templates: of the frozen text features. None: the 60, or those of the mini world's tasks.
         averaging: "gaussian", "uniform", or "last" for the last epoch alone.
         gpa_mean, gpa_std: mean and width of the Gaussian, in fractions of the epochs: 15 and 1 of 20.
         n_ctx, n_ctx_vision, depth, depth_vision, init: the prompts, as in IVLP.
@@ -102,11 +103,17 @@ class PromptSRC(IVLP):
         for name, weight in weights.items():
             expect(weight >= 0, name, weight, "at least 0")
         expect(gpa_std > 0, "gpa_std", gpa_std, "above 0")
-        templates = TEMPLATES if templates is None else templates
+        self.given, templates = templates is not None, TEMPLATES if templates is None else templates
         fine = len(templates) > 0 and all("{}" in template for template in templates)
         expect(fine, "templates", templates, "one sentence or more, each with {} in place of the class name")
         self.weights, self.templates = tuple(weights.values()), list(templates)
         self.averaging, self.gpa_mean, self.gpa_std = averaging, gpa_mean, gpa_std
+
+    def aim(self, dataset):
+        """Take over the classes; in the mini world, whose CLIP never read the 60 templates, its templates too."""
+        if not self.given and dataset.name in MINI_TASKS:
+            self.templates = self.hparams["templates"] = list(dataset.templates)
+        super().aim(dataset)
 
     def set_classes(self, classnames):
         super().set_classes(classnames)

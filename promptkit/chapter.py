@@ -1,0 +1,121 @@
+"""What every chapter of the book begins and ends with: its model, its tasks, its runs, its verdicts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import matplotlib
+import pandas as pd
+from IPython.display import Code, display
+
+from promptkit import data, results
+from promptkit.clip import FrozenCLIP, load_clip
+from promptkit.errors import unknown
+from promptkit.protocols import Run, execute_all, grid, prepare
+from promptkit.train import PROFILES, History, fit
+
+SMOKE_TASKS = ("sat", "scenes")  # the smallest
+
+
+@dataclass
+class Chapter:
+    """The settings of a chapter, and runs under these settings.
+
+    Args:
+        name: of the notebook, such as "04_cocoop".
+        profile: "smoke", "mini" or "full". Smoke keeps two small tasks and two seeds.
+        datasets: "all", the eleven of the profile's world, or a list of names.
+        seeds: of the runs.
+        shots: training images a class.
+        output: folder of the stored runs, which are not run again; empty: $PROMPTKIT_RESULTS or ./results.
+        model, pretrained: backbone; None: the mini CLIP, or ViT-B-16 with OpenAI's weights in the full profile.
+        workers: processes at the same time.
+        root: folder of the real datasets; None: $PROMPTKIT_DATA or ./data.
+
+    Raises:
+        InputError: unknown profile.
+    """
+
+    name: str
+    profile: str = "mini"
+    datasets: str | Sequence[str] = "all"
+    seeds: Sequence[int] = (1, 2, 3)
+    shots: int | Sequence[int] = 16
+    output: str = ""
+    model: str | None = None
+    pretrained: str | None = None
+    workers: int = 2
+    root: str | None = None
+    tables: list = field(default_factory=list, repr=False)
+
+    def __post_init__(self):
+        if self.profile not in PROFILES:
+            raise unknown("profile", self.profile, list(PROFILES))
+        real = self.profile == "full"
+        if self.model is None:
+            self.model, self.pretrained = ("ViT-B-16", "openai") if real else ("mini", None)
+        world = data.DATASETS if real else data.MINI_TASKS
+        self.tasks = list(world if self.datasets == "all" else self.datasets)
+        if self.profile == "smoke":
+            self.tasks = [task for task in self.tasks if task in SMOKE_TASKS] or self.tasks[:2]
+            self.seeds, self.workers = list(self.seeds)[:2], 1
+        pd.options.display.float_format = "{:.1f}".format
+        matplotlib.rcParams["figure.dpi"] = 100
+
+    @cached_property
+    def clip(self) -> FrozenCLIP:
+        """The frozen backbone."""
+        return load_clip(self.model, self.pretrained)
+
+    def load(self, name: str):
+        """A dataset by name, from the chapter's folder."""
+        return data.load_dataset(name) if self.root is None else data.load_dataset(name, self.root)
+
+    def few(self, *wanted: str, n: int = 4) -> list[str]:
+        """For ablations: those of the wanted tasks that the chapter has, else its first n; all if it is full."""
+        return self.tasks if self.profile == "full" else [t for t in wanted if t in self.tasks] or self.tasks[:n]
+
+    def sweep(self, protocol: str, methods, tasks=None, seeds=None, shots=None, **options) -> pd.DataFrame:
+        """The rows of a grid of runs, see :func:`promptkit.protocols.sweep`; stored runs are read.
+
+        Args:
+            methods: names, or pairs of a name and its overrides.
+            tasks, seeds, shots: the chapter's own by default.
+            options: overrides for all of them.
+        """
+        where = {"clip": self.model, "pretrained": self.pretrained, "profile": self.profile, "root": self.root}
+        tasks, seeds, shots = tasks or self.tasks, seeds or self.seeds, shots or self.shots
+        plans = grid(protocol, methods, tasks, seeds, shots, **where, **options)
+        return execute_all(plans, self.workers, progress=False, results=self.output or None)
+
+    def train(self, method: str, task: str, protocol="base-to-new", seed=None, **overrides) -> "Trained":
+        """Train a method here and now, to look into it; nothing is stored."""
+        shots = self.shots if isinstance(self.shots, int) else max(self.shots)
+        options = {"clip": self.clip, "profile": self.profile, "root": self.root, "shots": shots}
+        plan = prepare(Run(protocol, method, task, seed=seed or self.seeds[0], **options, overrides=overrides))
+        dataset = plan.training_set()
+        trained = plan.build(dataset)
+        return Trained(trained, dataset, plan.source, fit(trained, dataset, plan.recipe, plan.run.seed, progress=False))
+
+    def verdicts(self, *claims: results.Claim) -> None:
+        """Store the claims that were checked and show each with its verdict."""
+        results.save_claims(self.name, list(claims), self.output or None)
+        for claim in claims:
+            display(claim)
+
+
+@dataclass
+class Trained:
+    """A trained method, what it was trained on, the whole dataset, and how it went."""
+
+    method: object
+    training: object
+    dataset: object
+    history: History
+
+
+def source(*objects) -> Code:
+    """The source of classes or functions of the package, as it is, for display."""
+    import inspect
+
+    return Code("\n\n".join(inspect.getsource(thing) for thing in objects), language="python")
