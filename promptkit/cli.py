@@ -1,4 +1,4 @@
-"""The command line: ``promptkit list | run | reproduce | leaderboard | pretrain``.
+"""The command line: ``promptkit list | run | reproduce | leaderboard | data | pretrain``.
 
 Everything heavy is imported inside the commands, so that ``--help`` answers at once.
 """
@@ -90,7 +90,7 @@ Profile = _option(
 )
 Workers = _option(int, "Processes at the same time, each with one thread.", min=1, show_default=True)
 Scheduler = _option(str | None, "Address of a Dask scheduler in place of --workers: tcp://host:8786.")
-Root = _option(Path | None, "Folder of the real datasets.")
+Root = _option(Path | None, "Folder of the real datasets; default: $PROMPTKIT_DATA, else ./data.")
 MaxSteps = _option(int | None, "Stop each training after so many steps.", min=1)
 Device = _option(str | None, "cpu or cuda; default: a GPU if there is one.")
 
@@ -133,7 +133,9 @@ def _describe(cls):
 )
 def run(
     method: Annotated[str, typer.Argument(help="A name of 'promptkit list'; a plug-in takes its host in brackets.")],
-    data: _option(str, "Datasets to train on, separated by commas, or all.", show_default=True) = "mini",
+    data: _option(
+        str, "Datasets to train on, separated by commas, or all; a path names your own images.", show_default=True
+    ) = "mini",
     protocol: _option(
         str, "few-shot, base-to-new, cross-dataset or domain-generalization.", show_default=True
     ) = "few-shot",
@@ -225,18 +227,16 @@ def _numbers(name, text):
 
 def _datasets(text, profile):
     from promptkit import data
+    from promptkit.data.own import is_path
 
-    known = data.list_datasets()
-    if text == "all" and profile == "full":
-        real = [name for name in known if name not in (*data.MINI_TASKS, *data.SHIFTS)]
-        return real or list(data.MINI_TASKS)
     if text == "all":
-        return list(data.MINI_TASKS)
-    names = text.replace(",", " ").split()
+        return list(data.DATASETS if profile == "full" else data.MINI_TASKS)
+    known = data.list_datasets()
+    names = [text] if text not in known and Path(text).exists() else text.replace(",", " ").split()
     if not names:
         raise InputError("no dataset is named")
     for name in names:
-        if name not in known:
+        if name not in known and not is_path(name):
             raise unknown("dataset", name, known)
     return names
 
@@ -370,6 +370,94 @@ def _board(title, protocol, cells, level):
 def _number(cell):
     half = (cell["high"] - cell["low"]) / 2
     return f"{cell['mean']:.2f}" + ("" if half != half else f" ± {half:.2f}")  # NaN: one seed has no interval
+
+
+data_app = typer.Typer(
+    name="data",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    help="The real datasets: list, download and check them.",
+    epilog=_examples("data list", "data download eurosat dtd --root ~/data", "data check --root ~/data"),
+)
+app.add_typer(data_app)
+
+
+@data_app.command("list", epilog=_examples("data list"))
+def list_data():
+    """List the datasets: those that come with the package, the benchmark's, the shifts of ImageNet."""
+    from promptkit import data
+    from promptkit.data.benchmark import TABLE
+    from promptkit.data.download import ORIGINS
+
+    table = _grid(["name", "title", "classes", "train", "val", "test", "from"])
+    for name in data.list_datasets():
+        if name in TABLE:
+            entry = TABLE[name]
+            origin = "your own copy" if name == "imagenet" else "hub, origin" if name in ORIGINS else "hub"
+            table.add_row(name, entry.title, *(f"{n:,}" for n in entry.counts), origin)
+        else:
+            dataset = data.load_dataset(name)
+            sizes = (len(part) for part in (dataset.classnames, dataset.train, dataset.val, dataset.test))
+            table.add_row(name, dataset.title, *(f"{n:,}" for n in sizes), "the package")
+    out.print(table)
+
+
+@data_app.command(
+    epilog=_examples(
+        "data download eurosat dtd --root ~/data", "data download all", "data download dtd --source origin"
+    )
+)
+def download(
+    names: Annotated[list[str], typer.Argument(help="Real datasets, or all (ImageNet is yours to bring).")],
+    root: Root = None,
+    source: _option(
+        str, "[bold]hub[/]: with the published splits; [bold]origin[/]: the makers' pages.", show_default=True
+    ) = "hub",
+    force: _option(bool, "Download again what is there.", "--force") = False,
+):
+    """Download real datasets; an interrupted download goes on where it stopped."""
+    from promptkit.data.benchmark import TABLE
+    from promptkit.data.check import check
+    from promptkit.data.download import download as fetch
+
+    wanted = [name for name in TABLE if name != "imagenet"] if names == ["all"] else names
+    for name in wanted:
+        if name not in TABLE:
+            raise unknown("real dataset", name, TABLE)
+    for name in wanted:
+        report = check(name, root)
+        if force or report.state not in ("ready", "differs"):
+            fetch(name, root, source)
+            report = check(name, root)
+        _say(f"{name}: {report.state}, in {report.folder}" + (f" ({report.note})" if report.note else ""))
+
+
+@data_app.command("check", epilog=_examples("data check", "data check dtd eurosat --root ~/data --images"))
+def check_data(
+    names: Annotated[list[str] | None, typer.Argument(help="Real datasets; default: all.")] = None,
+    root: Root = None,
+    images: _option(bool, "Decode every image too.", "--images") = False,
+):
+    """Say what is there, missing or damaged, and what to do; exit code 1 if something is damaged."""
+    from promptkit.data.benchmark import TABLE, data_root
+    from promptkit.data.check import check
+
+    for name in names or ():
+        if name not in TABLE:
+            raise unknown("real dataset", name, TABLE)
+    table = _grid(
+        ["name", "state", "classes", "train", "val", "test", "what to do"],
+        title=f"{data_root(root).resolve()}: found / in the benchmark",
+    )
+    reports = [check(name, root, images) for name in names or TABLE]
+    for report in reports:
+        found = ("-" if report.counts is None else f"{n:,}" for n in report.counts or range(4))
+        counts = (f"{n} / {whole:,}" for n, whole in zip(found, TABLE[report.name].counts, strict=True))
+        colour = {"ready": "green", "damaged": "red"}.get(report.state, "yellow")
+        table.add_row(report.name, Text(report.state, colour), *counts, Text(report.note))
+    out.print(table)
+    if any(report.state == "damaged" for report in reports):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=_examples("pretrain", "pretrain --model mini-teacher --device cuda", "pretrain --no-resume"))

@@ -251,7 +251,7 @@ def check_classnames(classnames: Iterable[str], allow_duplicates: bool = False) 
 
     Args:
         classnames (Iterable[str]): the names.
-        allow_duplicates (bool): ImageNet's list has two pairs of equal names.
+        allow_duplicates (bool): warn of a repetition in place of refusing it: ImageNet has two pairs of equal names.
 
     Returns:
         list[str]: the names, in order.
@@ -270,11 +270,13 @@ def check_classnames(classnames: Iterable[str], allow_duplicates: bool = False) 
             raise InputError(f"class name {position} is empty")
     if not names:
         raise InputError("the list of class names is empty")
-    if not allow_duplicates:
-        seen: dict[str, int] = {}
-        for position, name in enumerate(names):
-            if seen.setdefault(name, position) != position:
-                raise InputError(f"class name {name!r} appears twice, at positions {seen[name]} and {position}")
+    seen: dict[str, int] = {}
+    for position, name in enumerate(names):
+        if seen.setdefault(name, position) != position:
+            found = f"class name {name!r} appears twice, at positions {seen[name]} and {position}"
+            if not allow_duplicates:
+                raise InputError(found)
+            warnings.warn(f"{found}: no text tells the two classes apart", stacklevel=1)  # once a process, not a caller
     return names
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -17,13 +18,14 @@ from promptkit.cli import app
 from promptkit.method import load_method, methods
 from promptkit.results import save_run
 
-COMMANDS = ["list", "run", "reproduce", "leaderboard", "pretrain"]
+COMMANDS = ["list", "run", "reproduce", "leaderboard", "data", "pretrain"]
 
 
 @pytest.fixture(autouse=True)
 def world(tmp_path, monkeypatch):
     """The model "mini" is a tiny one, the datasets "pets" and "cars" are toys, "mini" has a shift."""
     toys, load_clip = {name: toy(name) for name in (*data.MINI_TASKS, *data.SHIFTS)}, protocols.load_clip
+    toys["mini"] = replace(toys["mini"], shifts=tuple(data.SHIFTS))
     monkeypatch.setattr(data, "load_dataset", lambda name, root=None: toys[name])
 
     def load(name, pretrained, device=None, precision="fp32"):

@@ -143,7 +143,7 @@ def test_transfer_protocols_share_their_training(folder, monkeypatch):
     trainings = []
     monkeypatch.setattr(protocols, "fit", lambda *a, fit=protocols.fit, **k: trainings.append(1) or fit(*a, **k))
     shifts = [toy("toy-v2"), toy("toy-sketch")]
-    monkeypatch.setattr(protocols, "_shifts", lambda dataset: shifts)
+    monkeypatch.setattr(protocols, "_shifts", lambda dataset, root: shifts)
     rows = cross_dataset("coop", toy(), [toy("other"), toy("third")], 2, clip=tiny(), **QUICK)
     assert rows.target.tolist() == ["toy", "other", "third"] and set(rows.dataset) == {"toy"}
     moved = protocols.domain_generalization("coop", toy(), 2, clip=tiny(), **QUICK)
@@ -365,7 +365,7 @@ def test_describe_says_what_is_about_to_happen():
         Run("few-shot", "coop", toy(), shots=4, clip=tiny(), overrides={"n_ctx": 2, "epochs": 3})
     ).describe()
     assert facts["parameters"] == "64" and "24 images" in facts["shots"]
-    assert facts["training"].startswith("3 epochs, 3 steps of 24, sgd, learning rate 0.05")
+    assert facts["training"].startswith("3 epochs, 3 steps of 24, sgd, learning rate 0.024")
     assert "training" not in prepare(Run("few-shot", "clip", toy(), clip=tiny())).describe()
 
 

@@ -1,5 +1,6 @@
-"""Datasets: the mini world's tasks, and the samples and splits that the benchmark draws from any dataset."""
+"""Datasets: the mini world's tasks, the real benchmark and one's own images; samples and splits of any of them."""
 
+from promptkit.data.benchmark import DATASETS, data_root
 from promptkit.data.datasets import (
     Dataset,
     Split,
@@ -13,5 +14,5 @@ from promptkit.data.datasets import (
 from promptkit.data.features import features, transform
 from promptkit.data.tasks import MINI_TASKS, SHIFTS, WORDS
 
-__all__ = ["MINI_TASKS", "SHIFTS", "WORDS", "Dataset", "Split", "base_new", "features", "few_shot", "list_datasets",
-           "load_dataset", "stamped_labels", "subset", "transform"]  # fmt: skip
+__all__ = ["DATASETS", "MINI_TASKS", "SHIFTS", "WORDS", "Dataset", "Split", "base_new", "data_root", "features",
+           "few_shot", "list_datasets", "load_dataset", "stamped_labels", "subset", "transform"]  # fmt: skip

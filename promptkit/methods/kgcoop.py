@@ -11,20 +11,10 @@ from functools import cached_property
 import torch.nn.functional as F
 
 from promptkit.clip import zero_shot_features
+from promptkit.data.benchmark import TABLE
 from promptkit.method import expect, register
 from promptkit.methods.coop import CoOp
 from promptkit.train import Recipe
-
-# The hand-written prompts of the published runs, by the names of the datasets there.
-TEMPLATES = {
-    "OxfordPets": "a photo of a {}, a type of pet.",
-    "OxfordFlowers": "a photo of a {}, a type of flower.",
-    "FGVCAircraft": "a photo of a {}, a type of aircraft.",
-    "DescribableTextures": "a photo of a {}, a type of texture.",
-    "EuroSAT": "a centered satellite photo of {}.",
-    "Food101": "a photo of {}, a type of food.",
-    "UCF101": "a photo of a person doing {}.",
-}
 
 
 @register
@@ -83,7 +73,7 @@ class KgCoOp(CoOp):
     def aim(self, dataset):
         """Take over the dataset's classes and, unless a template was asked for, its template."""
         if not self.given:
-            self.template = self.hparams["template"] = dataset.template
+            self.template = self.hparams["template"] = dataset.variants.get("kgcoop", dataset.template)
         super().aim(dataset)
 
     def set_classes(self, classnames):
@@ -106,12 +96,12 @@ class KgCoOp(CoOp):
         if "init" in ours:
             ours["init"] = "a photo of a" if ours["init"] else ""
         dataset = hyperparameters.get("DATASET", hyperparameters.get("dataset"))
-        if dataset in TEMPLATES and "template" not in ours:
-            ours["template"] = TEMPLATES[dataset]
+        entry = next((entry for entry in TABLE.values() if entry.loader == dataset), None)
+        if entry and "template" not in ours:
+            ours["template"] = entry.variants.get("kgcoop", entry.template)
         return ours
 
     @classmethod
     def recipe(cls, setting, host=None):
-        """The paper's, the same for all protocols. Textures have a template of their own."""
-        texture = {"template": TEMPLATES["DescribableTextures"]} if setting.dataset == "dtd" else {}
-        return Recipe(hparams=texture, epochs=100, batch_size=128)
+        """The paper's, the same for all protocols."""
+        return Recipe(epochs=100, batch_size=128)

@@ -13,21 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from promptkit.clip import zero_shot_features
+from promptkit.data.benchmark import TABLE
 from promptkit.method import expect, register
 from promptkit.methods.coop import CoOp
 from promptkit.prompts import Context
 from promptkit.train import Recipe
 
-# The class name comes last, so that the words before it can start the context.
-TEMPLATES = {
-    "oxford_pets": "a type of pet, a photo of a {}.",
-    "oxford_flowers": "a type of flower, a photo of a {}.",
-    "fgvc_aircraft": "a type of aircraft, a photo of a {}.",
-    "dtd": "a texture of {}.",
-    "eurosat": "a centered satellite photo of {}.",
-    "food101": "a type of food, a photo of {}.",
-    "ucf101": "a photo of a person doing {}.",
-    "pets": "a type of pet, a photo of a {}.",  # from here on the mini world's
+# The class name comes last, so that the words before it can start the context: the paper's, and the mini world's.
+TEMPLATES = {name: entry.variants.get("prograd", entry.template) for name, entry in TABLE.items()} | {
+    "pets": "a type of pet, a photo of a {}.",
     "cars": "a type of car, a photo of a {}.",
     "flowers": "a type of flower, a photo of a {}.",
     "food": "a type of food, a photo of {}.",

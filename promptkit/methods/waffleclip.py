@@ -10,6 +10,7 @@ the most frequent ones of CLIP's own vocabulary. The random draws are those of t
 
 import math
 import string
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -176,9 +177,9 @@ class WaffleCLIP(Method):
         keys = [name.replace(" ", "_") for name in self.classnames] if self.underscores else self.classnames
         n_words = max(round(np.mean([len(name.split()) for name in self.classnames])), 1)
         length = round(np.mean([np.mean([len(word) for word in name.split()]) for name in self.classnames]))
-        words = [word[:length] for word in self._vocabulary()]
+        words = np.array([word[:length] for word in self._vocabulary])
         known = "".join(text for texts in self.descriptors.values() for text in texts)
-        characters = sorted(set(known) - set(" ,.")) or list(string.ascii_lowercase)
+        characters = np.array(sorted(set(known) - set(" ,.")) or list(string.ascii_lowercase))
         groups = round(np.mean([key.count(" ") for key in keys])) + 1
         n = math.ceil(np.mean([max(len(chunk) for chunk in key.split()) for key in keys]))
         n += groups - n % groups
@@ -194,6 +195,7 @@ class WaffleCLIP(Method):
             out.append(", ".join(parts))
         return out
 
+    @cached_property
     def _vocabulary(self) -> list[str]:
         if self.words is not None:
             return self.words

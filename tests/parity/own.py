@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from benchmark_protocol import check_benchmark
 from PIL import Image
 from seeded import seeded, seeded_images
 from torch.nn.functional import avg_pool2d
@@ -148,6 +149,7 @@ def check_waffleclip(clip, fixture, arrays):
 
 
 OWN = {
+    ("benchmark", None): check_benchmark,
     ("clip", None): check_clip,
     ("tpt", None): check_tpt,
     ("tpt", "CoCoOp initialisation"): partial(check_tpt, host="cocoop"),
