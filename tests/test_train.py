@@ -101,7 +101,7 @@ def test_profiles_change_every_recipe_by_one_rule():
     paper = Recipe(epochs=200, lr=0.002)
     assert for_profile(paper, "full") is paper
     mini = for_profile(paper, "mini")
-    assert (mini.epochs, mini.augment, mini.lr) == (20, False, pytest.approx(0.024))
+    assert (mini.epochs, mini.augment, mini.lr) == (40, False, pytest.approx(0.024))
     assert for_profile(Recipe(epochs=50), "mini").epochs == 10
     assert for_profile(Recipe(epochs=10), "mini").epochs == 10
     assert for_profile(Recipe(epochs=5), "mini").epochs == 5
