@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from promptkit.clip import FrozenCLIP
+from promptkit.methods.coop import CoOp
+from promptkit.methods.tpt import TPT, marginal_entropy
 from promptkit.prompts import Context
 from promptkit.towers import plain_text
 
@@ -46,12 +48,14 @@ class Case:
     groups: int = 1  # images with a context of their own, as in CoCoOp
     repeats: int = 3
     plain: bool = True
+    views: int = 0  # of a test image, for TPT's step: adapt the context, then classify with it
 
 
 CASES = {
     "coop": Case("CoOp, ViT-B/16, 100 classes, 16 tokens", "ViT-B-16-quickgelu", 100, 16),
     "cocoop": Case("CoCoOp, ViT-B/16, 8 images x 50 classes, 4 tokens", "ViT-B-16-quickgelu", 50, 4, 8, 1),
     "mini": Case("CoOp, mini CLIP, 20 classes, 16 tokens", "mini", 20, 16, repeats=30),
+    "tpt": Case("TPT, ViT-B/16, 64 views, 100 classes", "ViT-B-16-quickgelu", 100, 4, views=64),
     "many": Case("CoOp, ViT-B/16, 20,000 classes, 16 tokens", "ViT-B-16-quickgelu", 20_000, 16, 1, 1, False),
 }
 KINDS = "small large old young red blue wooden wild striped spotted plastic toy painted broken wet dark".split()
@@ -71,7 +75,7 @@ def setup(case: Case):
     clip = FrozenCLIP(open_clip.CLIP(**config))
     context = Context(clip, class_names(case.classes), case.length)
     shift = 0.02 * torch.randn(case.groups, 1, 1, clip.width)  # CoCoOp's per-image token
-    features = F.normalize(torch.randn(32, clip.embed_dim), dim=-1)
+    features = F.normalize(torch.randn(case.views or 32, clip.embed_dim), dim=-1)
     labels = torch.randint(case.classes, (32,))
     return clip, context, shift, features, labels
 
@@ -102,10 +106,38 @@ def plain(clip, context, shift, features, labels):
             loss_of(text[None], features, labels).backward()
 
 
+def ours_tpt(clip, context, shift, features, labels):
+    """TPT on the features of one image's views; the gradient of its step is left at the context."""
+    method = TPT(clip, context.template.classnames, host=CoOp(clip, context.template.classnames, n_ctx=context.length))
+    method.host.context.vectors = context.vectors
+    context.vectors.grad = method.adapt(features[None]).gradient[0, 0]
+
+
+def plain_tpt(clip, context, shift, features, labels):
+    """The same by full-length passes: forward, backward, a step of AdamW, forward."""
+
+    def logits():
+        prompt = context.prompt(vectors)
+        text = plain_text(clip.model, prompt.full()[0], prompt.eot + prompt.prefix.shape[1])
+        return clip.logit_scale * features @ F.normalize(text, dim=-1).T  # (V, C)
+
+    vectors = context.vectors.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([vectors], lr=5e-3)
+    every = logits()
+    entropy = torch.special.entr(every.softmax(dim=-1)).sum(dim=-1)
+    kept = every[entropy.argsort()[: len(features) // 10]]
+    marginal_entropy(kept[None]).sum().backward()
+    context.vectors.grad = vectors.grad.clone()
+    optimizer.step()
+    with torch.no_grad():
+        logits()
+
+
 def measure(case: Case, side: str, path: str) -> None:
     """Run one side of a case and write its gradient and figures to a file."""
     clip, context, *rest = setup(case)
-    step, seconds = {"ours": ours, "plain": plain}[side], []
+    sides = {"ours": ours_tpt, "plain": plain_tpt} if case.views else {"ours": ours, "plain": plain}
+    step, seconds = sides[side], []
     for _ in range(case.repeats + (case.repeats > 1)):  # the first warms up
         context.vectors.grad = None
         start = time.perf_counter()

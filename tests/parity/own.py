@@ -18,6 +18,7 @@ from promptkit.method import Batch
 from promptkit.methods.clip import CLIP
 from promptkit.methods.tpt import OPERATIONS, TPT, image_views
 from promptkit.methods.waffleclip import WaffleCLIP
+from promptkit.train import Recipe
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
@@ -148,6 +149,72 @@ def check_waffleclip(clip, fixture, arrays):
     torch.testing.assert_close(100 * arrays[f"scores/{first}"], arrays["logits"], **CLOSE)
 
 
+# --- what common fixtures hold beside the common arrays -----------------------------------------------------
+
+
+def also_kgcoop(method, fixture, arrays, batch):
+    image, text = method.features(batch)
+    torch.testing.assert_close(method.anchor, arrays["text_features_handcrafted"], rtol=1e-3, atol=1e-5)
+    score = method.regularizer(batch, image, text) / method.lam
+    torch.testing.assert_close(score, arrays["score"], rtol=1e-3, atol=1e-6)
+    assert torch.equal(method.context.vectors.flatten()[: arrays["ctx_init"].numel()], arrays["ctx_init"].flatten())
+
+
+def also_prograd(method, fixture, arrays, batch):
+    image, text = method.features(batch)
+    torch.testing.assert_close(method.score(image, method.teacher), arrays["logits_zeroshot"], **CLOSE)
+    _, kl = method.losses(image, text, batch.labels)
+    torch.testing.assert_close(kl, arrays["kl_loss"], rtol=1e-3, atol=1e-6)
+    _, (domain,), (general,) = method.gradients(batch)
+    cosine = torch.cosine_similarity(domain.flatten(), general.flatten(), dim=0)
+    torch.testing.assert_close(cosine.double(), arrays["cosine"].double().flatten()[0], rtol=1e-3, atol=1e-4)
+
+
+def also_dept(method, fixture, arrays, batch):
+    image, text = method.features(batch)
+    torch.testing.assert_close(method.host.score(image, text), arrays["logits_itm"], **CLOSE)
+    torch.testing.assert_close(method.cat(image, text), arrays["logits_cat"], **CLOSE)
+
+
+def also_promptsrc(method, fixture, arrays, batch):
+    if "terms" not in arrays:
+        return
+    image, text = method.features(batch)
+    terms = torch.stack(method.terms(batch, image, text)).double()
+    torch.testing.assert_close(terms, arrays["terms"][1:].double(), rtol=1e-3, atol=1e-6)
+    raw = torch.nn.functional.normalize(arrays["fixed_text_features_raw"], dim=-1)
+    torch.testing.assert_close(method.anchor, raw, rtol=1e-3, atol=1e-5)
+    frozen = method.clip.encode_image(batch.images)
+    torch.testing.assert_close(method.score(frozen, method.anchor), arrays["zero_shot_logits"], **CLOSE)
+    # One batch is an epoch: train them all, averaging after each.
+    epochs, described = len(arrays["gauss"]), fixture["optimizer"]
+    torch.testing.assert_close(method.epoch_weights(epochs), arrays["gauss"].double(), rtol=1e-4, atol=1e-6)
+    options = {name: described[name] for name in ("lr", "momentum", "weight_decay")}
+    optimizer = torch.optim.SGD(method.parameters(), **options)
+    for epoch in range(epochs):
+        optimizer.zero_grad()
+        method.backward(batch)
+        optimizer.step()
+        method.end_epoch(epoch, Recipe(epochs=epochs))
+    ours = method.state_dict()
+    for official, name in method.official_names().items():
+        stored = arrays[f"gpa/{official}"]
+        torch.testing.assert_close(ours[name].flatten()[: len(stored)], stored, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(method.logits(batch), arrays["gpa_logits"], **CLOSE)
+
+
+def also_cocoop(method, fixture, arrays, batch):
+    image = method.image_features(batch.images)
+    torch.testing.assert_close(method.shift(image), arrays["pi"], rtol=1e-3, atol=1e-5)
+
+
+ALSO = {
+    "cocoop": also_cocoop,
+    "kgcoop": also_kgcoop,
+    "prograd": also_prograd,
+    "dept": also_dept,
+    "promptsrc": also_promptsrc,
+}
 OWN = {
     ("benchmark", None): check_benchmark,
     ("clip", None): check_clip,

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from own import OWN
+from own import ALSO, OWN
 from seeded import seeded, seeded_images
 
 from promptkit.method import Batch, methods
@@ -93,6 +93,9 @@ def check_common(cls, clip, fixture, arrays, objects):
         torch.testing.assert_close(torch.stack(trace).double(), arrays[name].double(), rtol=1e-3, atol=1e-5)
         if name == "trace" and "logits_after" in arrays:
             torch.testing.assert_close(method.logits(batch), arrays["logits_after"], **CLOSE)
+
+    if fixture["method"] in ALSO:
+        ALSO[fixture["method"]](make(cls, clip, fixture, arrays, objects).train(), fixture, arrays, batch)
 
 
 def make(cls, clip, fixture, arrays, objects):
