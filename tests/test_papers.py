@@ -15,7 +15,6 @@ from promptkit.methods.waffleclip import linked
 from promptkit.prompts import Context, deep_prompts
 from promptkit.train import Recipe, Setting, fit, recipe
 
-
 CLEAN = [name.replace("_", " ") for name in NAMES]
 
 
