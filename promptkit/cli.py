@@ -172,12 +172,11 @@ def run(
     Setting(protocol, profile=profile)  # refuses unknown names before anything is loaded
     overrides = dict(_setting(text) for text in settings or [])
     overrides |= {k: v for k, v in dict(lr=lr, epochs=epochs, batch_size=batch_size).items() if v is not None}
-    if model is None and profile == "full":
-        model, pretrained = "ViT-B-16", pretrained or "openai"
+    model, pretrained = _backbone(model, pretrained, profile)
     names = _datasets(data, profile)
     tested = [t for t in _datasets(targets, profile) if t not in names] if protocol == "cross-dataset" else []
     plans = grid(
-        protocol, method, names, _numbers("seeds", seeds), _numbers("shots", shots), clip=model or "mini",
+        protocol, method, names, _numbers("seeds", seeds), _numbers("shots", shots), clip=model,
         targets=tuple(tested), pretrained=pretrained, precision=precision, profile=profile,
         max_steps=max_steps, root=None if root is None else str(root), device=device, overrides=overrides,
     )  # fmt: skip
@@ -263,14 +262,27 @@ def _table(rows):
         "reproduce",
         "reproduce --chapters 03 --profile smoke --output /tmp/book",
         "reproduce --chapters coop --data pets,cars --seeds 1,2,3 --output out --fan-out --workers 4",
+        "reproduce --benchmark --methods coop,kgcoop --protocols base-to-new",
         "reproduce --profile full --data all --root ~/data --scheduler tcp://host:8786",
+        "reproduce --profile full --chapters 04 --root ~/data",
     )
 )
 def reproduce(
-    chapters: _option(str, "Numbers, ranges or names, such as 03, 01-03, coop.", show_default=True) = "all",
+    chapters: _option(str | None, "Numbers, ranges or names, such as 03, 01-03, coop; default: all.") = None,
     profile: Profile = "mini",
-    data: _option(str | None, "Datasets, or all; default: each chapter's own.") = None,
-    seeds: _option(str | None, "Seeds; default: each chapter's own.") = None,
+    benchmark: _option(
+        bool,
+        "Run every method on every dataset in every protocol, and print the table, in place of the chapters; "
+        "[bold]--profile full[/] does so unless chapters are named.",
+        "--benchmark",
+    ) = False,
+    methods: _option(str, "Methods of the benchmark, separated by commas.", show_default=True) = "all",
+    protocols: _option(str, "Its protocols, separated by commas.", show_default=True) = "all",
+    data: _option(str | None, "Datasets, or all; default: all, and for chapters their own.") = None,
+    shots: _option(str, "Its training images a class, one number or several.", show_default=True) = "16",
+    seeds: _option(str | None, "Seeds; default: 1,2,3, and for chapters their own.") = None,
+    model: _option(str | None, "mini, mini-teacher or any ViT of open_clip; default: mini, for full ViT-B-16.") = None,
+    pretrained: _option(str | None, "Weights of an open_clip model: a tag such as openai, or a file.") = None,
     output: _option(
         Path | None,
         "Folder for executed notebooks; default: mini refreshes them in place, others go to reproduced/.",
@@ -284,16 +296,19 @@ def reproduce(
     max_steps: MaxSteps = None,
     device: Device = None,
 ):
-    """Execute the chapters of the book through papermill; exit code 1 if one fails."""
+    """Execute the chapters of the book through papermill, or run the whole benchmark; exit code 1 if one fails."""
     with err.status("loading ..."):
         from promptkit import reproduce as reproduction
     if results is not None:
         os.environ["PROMPTKIT_RESULTS"] = str(results.resolve())
+    root = None if root is None else str(root.resolve())
+    if benchmark or (profile == "full" and chapters is None):
+        options = {"root": root, "max_steps": max_steps, "device": device, "model": model, "pretrained": pretrained}
+        return _benchmark(profile, methods, protocols, data, shots, seeds, workers, scheduler, **options)
     names = data if data in (None, "all") else _datasets(data, profile)
     reports = reproduction.reproduce(
         chapters, profile, names, None if seeds is None else _numbers("seeds", seeds), output, workers,
-        scheduler, folder, fan_out, root=None if root is None else str(root.resolve()), max_steps=max_steps,
-        device=device,
+        scheduler, folder, fan_out, root=root, max_steps=max_steps, device=device, model=model, pretrained=pretrained,
     )  # fmt: skip
     table = _grid(["chapter", "seconds", "result"], title=f"profile {profile}")
     for report in reports:
@@ -302,6 +317,38 @@ def reproduce(
     out.print(table)
     if any(report.error for report in reports):
         raise typer.Exit(1)
+
+
+def _benchmark(profile, methods, protocols, data, shots, seeds, workers, scheduler, model, pretrained, **options):
+    from promptkit.protocols import PROTOCOLS, SweepError, execute_all
+    from promptkit.protocols import benchmark as plan
+    from promptkit.results import load_results, results_dir, summarise
+
+    model, pretrained = _backbone(model, pretrained, profile)
+    kinds = list(PROTOCOLS) if protocols == "all" else protocols.replace(",", " ").split()
+    chosen = None if methods == "all" else methods.replace(",", " ").split()
+    names, numbers = _datasets(data or "all", profile), _numbers("seeds", seeds or "1,2,3")
+    options |= {"profile": profile, "clip": model, "pretrained": pretrained}
+    with err.status("planning ..."):
+        plans = plan(chosen, names, kinds, numbers, _numbers("shots", shots), **options)
+    _announce(plans)
+    failed = None
+    try:
+        rows = execute_all(plans, workers, scheduler)
+    except SweepError as error:
+        failed, rows = error, load_results()
+    _boards(summarise(rows), 0.95)
+    _say(f"stored in {results_dir()}")
+    if failed:
+        _say(f"Error: {failed}")
+        raise typer.Exit(1)
+
+
+def _backbone(model, pretrained, profile):
+    """The model and its weights, by default those of the profile."""
+    if model is None and profile == "full":
+        return "ViT-B-16", pretrained or "openai"
+    return model or "mini", pretrained
 
 
 @app.command(
@@ -335,6 +382,10 @@ def leaderboard(
     if as_csv or as_json:
         print(summary.to_csv(index=False) if as_csv else summary.to_json(orient="records", indent=1))
         return
+    _boards(summary, level)
+
+
+def _boards(summary, level):
     for (name, profile, model), cells in summary.groupby(["protocol", "profile", "model"], sort=False):
         out.print(_board(f"{name}, {profile}, {model}", name, cells, level))
 

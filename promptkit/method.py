@@ -380,6 +380,7 @@ class Plugin(Method):
     """
 
     plugin = True
+    hosts: ClassVar[tuple[str, ...]] = ("coop",)  # those of its paper
     # What it extends if no host is named, with its hyperparameters; such a host does not learn.
     default_host: ClassVar[tuple[str, dict] | None] = None
 
@@ -463,6 +464,15 @@ def methods() -> dict[str, type[Method]]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"promptkit.methods.{module.name}")
     return dict(sorted(_REGISTRY.items()))
+
+
+def specs() -> list[str]:
+    """Every method as :func:`build` takes it, with plug-ins around each of the hosts of their papers."""
+    out = []
+    for name, cls in methods().items():
+        out += [name] if not cls.plugin or cls.default_host else []
+        out += [f"{name}({host})" for host in cls.hosts] if cls.plugin else []
+    return out
 
 
 def parse(spec: str) -> tuple[str, str | None]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from promptkit import data, probe, train
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
-from promptkit.method import Method, build, load_method, methods, parse
+from promptkit.method import Method, build, load_method, methods, parse, specs
 from promptkit.results import (
     TRANSFER,
     config_hash,
@@ -482,6 +482,40 @@ def grid(protocol: str, methods, datasets, seeds=(1, 2, 3), shots=(16,), **optio
         plan = prepare(_run(protocol, method, dataset, n, seed, clip, options | {"overrides": common | own}))
         plans.setdefault(config_hash(plan.config), plan)
     return list(plans.values())
+
+
+def benchmark(
+    methods=None, datasets=None, protocols=PROTOCOLS, seeds=(1, 2, 3), shots=(16,), profile="mini", root=None, **options
+) -> list[Plan]:
+    """The runs of the whole benchmark: methods x datasets x seeds in every protocol.
+
+    The two transfer protocols train on those of the datasets that have shifted versions (ImageNet, the mini
+    world's main set); cross-dataset tests on all the others.
+
+    Args:
+        methods: names, or pairs of a name and a dict of overrides; default: all, see
+            :func:`promptkit.method.specs`.
+        datasets: names; default: the eleven of the profile's world.
+        profile: "full" is of the real datasets, the others of the mini world.
+        options: as in :func:`sweep`.
+
+    Raises:
+        InputError: a run is not possible as it is asked for.
+    """
+    methods = specs() if methods is None else methods
+    datasets = list(datasets or (data.DATASETS if profile == "full" else data.MINI_TASKS))
+    sources = [name for name in datasets if _dataset(name, root).shifts]
+    options |= {"profile": profile, "root": root}
+    plans = []
+    for protocol in protocols:
+        if protocol not in TRANSFER:
+            plans += grid(protocol, methods, datasets, seeds, shots, **options)
+        for source in sources if protocol in TRANSFER else ():
+            others = tuple(name for name in datasets if name != source)
+            if protocol == "domain-generalization" or others:
+                targets = {"targets": others} if protocol == "cross-dataset" else {}
+                plans += grid(protocol, methods, source, seeds, shots, **options, **targets)
+    return plans
 
 
 def execute_all(

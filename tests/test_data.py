@@ -173,9 +173,10 @@ def test_shots_must_be_a_whole_positive_number(shots):
         data.few_shot(data.load_dataset("sat"), shots, 1)
 
 
-def test_more_shots_than_images_is_an_error_that_names_the_class():
-    with pytest.raises(InputError, match="33 shots .* 'forest' has 32"):
-        data.few_shot(data.load_dataset("sat"), 33, 1)
+def test_more_shots_than_images_take_all_with_a_warning_that_names_the_class():
+    task = data.load_dataset("sat")
+    with pytest.warns(UserWarning, match="33 shots .* 'forest' has 32"):
+        assert len(data.few_shot(task, 33, 1).train) == len(task.train)
 
 
 def test_transform_is_clips_own(tiny_clip):

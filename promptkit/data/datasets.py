@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -225,7 +226,9 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Dataset:
         seed: of Python's generator, which does nothing else.
 
     Raises:
-        InputError: shots below 1, or more than any class has; a class without training images.
+        InputError: shots below 1; a class without training images.
+
+    A warning says when no class has as many images: then all are taken.
     """
     if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
         raise InputError(f"shots must be a whole number of at least 1, not {shots!r}")
@@ -236,9 +239,10 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> Dataset:
     if counts[fewest] == 0:
         raise InputError(f"class {dataset.classnames[fewest]!r} of {dataset.name!r} has no training images")
     if counts[most] < shots:
-        raise InputError(
+        warnings.warn(
             f"{shots} shots are more than {dataset.name!r} has: class {dataset.classnames[most]!r} has "
-            f"{int(counts[most])} training images, and no class has more"
+            f"{int(counts[most])} training images and no class has more, so all of them are taken",
+            stacklevel=2,
         )
     return draw(dataset, shots, random.Random(seed))
 

@@ -61,6 +61,7 @@ class DePT(Plugin):
     year = 2023
     paper = "2309.07439"
     kind = "plug-in"
+    hosts = ("coop", "cocoop", "kgcoop", "maple", "promptsrc")
     official_hyperparameters = {"LAMBDA": "lam", "FILM": "film", "HEAD": "head", "TEST_TIME_FUSION": "fusion"}
 
     def __init__(

@@ -73,6 +73,7 @@ class TPT(Plugin):
     year = 2022
     paper = "2209.07511"
     kind = "test-time"
+    hosts = ("coop", "cocoop")
     default_host = ("coop", {"init": "a photo of a"})
     official_hyperparameters = {"selection_p": "selection", "tta_steps": "steps", "n_views": "views"}
 
