@@ -1,4 +1,4 @@
-"""The command line: ``promptkit list | run | reproduce | leaderboard | data | pretrain``.
+"""The command line: ``promptkit list | run | predict | reproduce | leaderboard | data | pretrain``.
 
 Everything heavy is imported inside the commands, so that ``--help`` answers at once.
 """
@@ -193,6 +193,70 @@ def run(
         raise typer.Exit(1) from None
     out.print(_table(rows))
     _say(f"stored in {results_dir(results)}" + (f"; trained method in {save}" if save else ""))
+
+
+@app.command(
+    epilog=_examples(
+        "run coop --data pets --save pets.safetensors",
+        "predict photo.jpg --checkpoint pets.safetensors",
+        "predict photos/ --checkpoint pets.safetensors --classes 'red fox,otter' --top 2",
+        "predict photo.jpg --classes cat,dog --model ViT-B-16 --pretrained openai",
+    )
+)
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    checkpoint: _option(Path | None, "A trained method, as run --save writes it; default: zero-shot CLIP.") = None,
+    classes: _option(str | None, "Class names, separated by commas; default: those it was trained on.") = None,
+    classes_file: _option(Path | None, "Class names from a file, one a line.") = None,
+    top: _option(int, "How many classes to print.", min=1, show_default=True) = 3,
+    model: _option(str | None, "Without a checkpoint: mini or any ViT of open_clip; default: mini.") = None,
+    pretrained: _option(str | None, "Weights of an open_clip model: a tag such as openai, or a file.") = None,
+    device: Device = None,
+    as_json: _option(bool, "Print JSON.", "--json") = False,
+):
+    """Classify images, also by names that the checkpoint was not trained on."""
+    with err.status("loading ..."):
+        from promptkit.clip import load_clip
+        from promptkit.data import transform
+        from promptkit.data.images import SUFFIXES, read_image
+        from promptkit.method import build, checkpoint_backbone, load_method
+    names = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
+    if classes_file is not None:
+        if names is not None:
+            raise InputError("give the class names once: by --classes or by --classes-file")
+        names = [line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if checkpoint is None and not names:
+        raise InputError("name the classes (--classes cat,dog), or a --checkpoint that knows some")
+    if checkpoint is not None and model is not None:
+        raise InputError("the checkpoint says which model it belongs to: leave out --model")
+    paths = []
+    for path in images:
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"the folder {path} holds no images")
+        paths += inside
+    if checkpoint is None:
+        method = build("clip", load_clip(model or "mini", pretrained, device), names)
+    else:
+        name, weights = checkpoint_backbone(checkpoint)
+        method = load_method(checkpoint, load_clip(name, pretrained or weights, device))
+        if names:
+            method.set_classes(names)
+    rows = []
+    for path in paths:
+        p = method.logits(transform(method.clip, [read_image(path)])).softmax(dim=-1)[0]
+        best = p.topk(min(top, len(p)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        found = {method.classnames[c]: round(value, 4) for c, value in pairs}
+        rows.append({"image": str(path), "classes": found})
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = _grid(["image", "class", "probability"])
+    for row in rows:
+        for n, (name, value) in enumerate(row["classes"].items()):
+            table.add_row("" if n else row["image"], name, f"{value:.1%}")
+    out.print(table)
 
 
 def _announce(plans):

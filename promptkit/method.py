@@ -529,17 +529,8 @@ def load_method(path, clip: FrozenCLIP | None = None) -> Method:
     Raises:
         InputError: the file is missing or damaged, or belongs to another backbone.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["promptkit"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if config["weights"] != _digest(state):
-            raise ValueError("its weights do not match their hash")
-        backbone = config["clip"]
-    except FileNotFoundError:
-        raise InputError(f"there is no method file {path}") from None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged or no file of a saved method ({error})") from None
+    config, state = _read(path)
+    backbone = config["clip"]
     clip = clip or load_clip(backbone["name"], backbone["pretrained"])
     if clip.fingerprint != backbone["fingerprint"]:
         raise InputError(
@@ -559,6 +550,28 @@ def load_method(path, clip: FrozenCLIP | None = None) -> Method:
     if config["classnames"] != config["trained_on"]:
         method.set_classes(config["classnames"])
     return method
+
+
+def checkpoint_backbone(path) -> tuple[str, str | None]:
+    """Name and weights of the model that a file of :meth:`Method.save` belongs to, as ``load_clip`` takes them."""
+    backbone = _read(path)[0]["clip"]
+    return backbone["name"], backbone["pretrained"]
+
+
+def _read(path) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and state dict of a saved method."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["promptkit"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if config["weights"] != _digest(state):
+            raise ValueError("its weights do not match their hash")
+        config["clip"]["name"], config["clip"]["pretrained"]
+    except FileNotFoundError:
+        raise InputError(f"there is no method file {path}") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged or no file of a saved method ({error})") from None
+    return config, state
 
 
 def expect(holds: bool, name: str, value, expected: str) -> None:

@@ -91,7 +91,7 @@ def select_chapters(wanted, paths: list[Path]) -> list[Path]:
 
 def reproduce(
     chapters=None, profile="mini", data=None, seeds=None, output=None, workers=1, scheduler=None,
-    folder="notebooks", fan_out=False, progress=True, **parameters,
+    folder="notebooks", fan_out=False, progress=True, root=None, **parameters,
 ) -> list[Report]:  # fmt: skip
     """Execute chapters and report on each; one that fails keeps its old notebook, and the others go on.
 
@@ -108,8 +108,8 @@ def reproduce(
         fan_out: first execute each chapter once for every dataset and seed, to spread a long run over the
             workers (kept below ``<output>/parts``), then once over all of them, which finds every run stored.
         progress: show a bar a chapter, and a line when one is done.
-        parameters: other parameters (root, device, shots, max_steps, ...); a chapter gets those that it
-            declares.
+        root: folder of the real datasets, which chapters find in $PROMPTKIT_DATA.
+        parameters: other parameters (model, shots, ...); a chapter gets those that it declares.
 
     Raises:
         InputError: unknown chapter or profile, a chapter without a cell tagged "parameters", or a parameter
@@ -137,6 +137,8 @@ def reproduce(
     # The mini CLIP's products are too small to share: a second thread would only wait for the first.
     cores = max(1, (os.cpu_count() or 1) // max(1, workers)) if profile == "full" else 1
     environment = {"PROMPTKIT_RESULTS": str(results_dir().resolve()), "OMP_NUM_THREADS": str(cores)}
+    if root is not None:
+        environment["PROMPTKIT_DATA"] = str(Path(root).resolve())
 
     def job(path, folder, suffix="", **more):
         settings = {}
