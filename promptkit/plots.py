@@ -227,7 +227,8 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
             axis.annotate(text, (at["base"], at["new"]), (6, 4), textcoords="offset points", fontsize=8)
         for start, end in arrows:
             tail, head = points.loc[start, ["base", "new"]], points.loc[end, ["base", "new"]]
-            axis.annotate("", head, tail, arrowprops={"arrowstyle": "->", "shrinkA": 6, "shrinkB": 6, "lw": 1.2})
+            look = {"arrowstyle": "->", "color": "0.3", "shrinkA": 6, "shrinkB": 6, "lw": 1.2}
+            axis.annotate("", head, tail, arrowprops=look)
         axis.margins(0.18)
         limits = axis.get_xlim(), axis.get_ylim()
         base, new = np.meshgrid(np.linspace(*limits[0], 60), np.linspace(*limits[1], 60))

@@ -38,11 +38,11 @@ QUICK = {"epochs": 2, "batch_size": 8, "n_ctx": 2, "init": "", "progress": False
 
 
 @cache
-def tiny():
-    """A CLIP of two blocks a tower with random weights."""
+def tiny(layers=2):
+    """A CLIP of two blocks a tower, or more, with random weights."""
     torch.manual_seed(0)
-    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": layers, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": layers}
     return FrozenCLIP(open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text), name="tiny")
 
 

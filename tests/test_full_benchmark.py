@@ -1,0 +1,51 @@
+"""The whole real benchmark, end to end: every method, dataset and protocol over small folders in the true formats."""
+
+import warnings
+
+import pytest
+from rich.console import Console
+from test_cli import promptkit
+from test_protocols import tiny
+
+from promptkit import data, protocols
+from promptkit.data.benchmark import TABLE
+from promptkit.method import specs
+from promptkit.results import load_results
+
+pytest_plugins = ["real_data"]
+
+
+def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):
+    """As `promptkit reproduce --profile full --data all --root DIR --max-steps 2`, on a tiny CLIP."""
+    clip = tiny(layers=3)  # as deep as the transfer recipes put prompts
+    monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: clip)
+    protocols._clip.cache_clear()
+    monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr("promptkit.cli.out", Console(width=200))
+    monkeypatch.setattr("promptkit.cli.err", Console(width=200, stderr=True))
+    words = ["reproduce", "--profile", "full", "--data", "all", "--root", real_root, "--max-steps", 2, "--seeds", 1]
+    text, said = promptkit(*words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = load_results()
+    assert rows["value"].between(0, 100).all()
+    for protocol, part in rows.groupby("protocol"):
+        cells = part.groupby(["dataset", "target", "split"])["method"].agg(set)
+        assert (cells == set(specs())).all(), protocol
+        assert all(name in text for name in specs())
+    assert set(rows["protocol"]) == set(protocols.PROTOCOLS)
+    for protocol in ("few-shot", "base-to-new"):
+        assert set(rows.query("protocol == @protocol")["dataset"]) == set(data.DATASETS)
+    shifts = set(TABLE["imagenet"].shifts)
+    assert set(rows.query("protocol == 'domain-generalization'")["target"]) == {"imagenet"} | shifts
+    assert set(rows.query("protocol == 'cross-dataset'")["target"]) == set(data.DATASETS)
+    protocols._clip.cache_clear()
+
+
+@pytest.mark.parametrize("missing", ["imagenet", "dtd"])
+def test_a_missing_dataset_is_named_before_anything_runs(real_root, missing, monkeypatch):
+    (real_root / TABLE[missing].folder).rename(real_root / "elsewhere")
+    words = ["reproduce", "--profile", "full", "--root", real_root, "--model", "mini"]
+    said = promptkit(*words, code=2)[1]
+    assert TABLE[missing].title in said and str(real_root) in said
