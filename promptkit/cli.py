@@ -1,4 +1,4 @@
-"""The command line: ``promptkit list | run | predict | reproduce | leaderboard | data | pretrain``.
+"""The command line: ``promptkit list | run | predict | reproduce | leaderboard | pages | data | pretrain``.
 
 Everything heavy is imported inside the commands, so that ``--help`` answers at once.
 """
@@ -452,6 +452,18 @@ def leaderboard(
 def _boards(summary, level):
     for (name, profile, model), cells in summary.groupby(["protocol", "profile", "model"], sort=False):
         out.print(_board(f"{name}, {profile}, {model}", name, cells, level))
+
+
+@app.command(epilog=_examples("pages", "pages --results results --book book"))
+def pages(
+    results: Results = None,
+    book: _option(Path, "Folder of the book's pages.", show_default=True) = Path("book"),
+):
+    """Write the book's leaderboard and claims pages from the stored runs of the mini profile."""
+    from promptkit import pages
+
+    for page in (pages.leaderboard, pages.claims):
+        _say(f"wrote {page(book, results)}")
 
 
 def _stored(kind, name, choices):

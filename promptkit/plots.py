@@ -192,7 +192,7 @@ def option_curves(runs: pd.DataFrame, option: str, default=None, xlabel=None, sp
     titles = {"base": "base classes", "new": "new classes", "hm": "harmonic mean", "all": "all classes"}
     splits = splits or [split for split in titles if split in set(table["split"])]
     with style():
-        figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+        figure, axis = plt.subplots(figsize=(4.6, 3.5), layout="constrained")
         for split, marker, line in zip(splits, MARKERS, cycle(LINES), strict=False):
             cells = table[table["split"] == split].sort_values("at")
             axis.errorbar(
@@ -204,7 +204,7 @@ def option_curves(runs: pd.DataFrame, option: str, default=None, xlabel=None, sp
         axis.set_title(
             _panel_title("average", table) if "average" in set(table["dataset"]) else table["dataset"].iloc[0]
         )
-        axis.legend()
+        _legend_below(figure, axis)
     return figure
 
 

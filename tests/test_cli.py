@@ -20,7 +20,7 @@ from promptkit.data.images import read_image
 from promptkit.method import load_method, methods
 from promptkit.results import save_run
 
-COMMANDS = ["list", "run", "predict", "reproduce", "leaderboard", "data", "pretrain"]
+COMMANDS = ["list", "run", "predict", "reproduce", "leaderboard", "pages", "data", "pretrain"]
 
 
 @pytest.fixture(autouse=True)

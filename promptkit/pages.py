@@ -1,0 +1,190 @@
+"""Pages of the book that are made from stored runs: the leaderboard and the collected claims."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from promptkit.errors import InputError
+from promptkit.files import write_atomically
+from promptkit.method import methods, parse
+from promptkit.plots import base_new_plane
+from promptkit.results import (
+    Claim,
+    check_claim,
+    differences,
+    label,
+    load_claims,
+    load_results,
+    paper_numbers,
+    results_dir,
+    summarise,
+)
+from promptkit.train import Setting, recipe
+
+# What the papers say of each other's methods: (claim, method, other method, split).
+COMPARED = [
+    ("CoCoOp is above CoOp on new classes.", "cocoop", "coop", "new"),
+    ("CoCoOp is above CoOp in harmonic mean.", "cocoop", "coop", "hm"),
+    ("KgCoOp is above CoOp on new classes.", "kgcoop", "coop", "new"),
+    ("KgCoOp is above CoOp in harmonic mean.", "kgcoop", "coop", "hm"),
+    ("ProGrad is above CoOp on new classes.", "prograd", "coop", "new"),
+    ("ProGrad is above CoOp in harmonic mean.", "prograd", "coop", "hm"),
+    ("MaPLe is above CoOp in harmonic mean.", "maple", "coop", "hm"),
+    ("MaPLe is above independent prompts (IVLP) in harmonic mean.", "maple", "ivlp", "hm"),
+    ("PromptSRC is above IVLP on new classes.", "promptsrc", "ivlp", "new"),
+    ("PromptSRC is above MaPLe in harmonic mean.", "promptsrc", "maple", "hm"),
+    ("PromptSRC is above CoOp in harmonic mean.", "promptsrc", "coop", "hm"),
+]
+
+
+def equal_host(plugin: str, protocol="base-to-new", dataset="sat", shots=16, profile="mini") -> tuple[str, dict]:
+    """A plug-in's host, trained by the plug-in's recipe: its name and overrides, as ``sweep`` takes them.
+
+    Papers compare a plug-in with its host at equal settings, which are not always the host's own.
+    """
+    setting, host = Setting(protocol, dataset, shots, profile), parse(plugin)[1]
+    plan, own = recipe(plugin, setting), recipe(host, setting)
+    check = methods()[parse(host)[0]].check
+    wanted, had = check(plan.hparams["host"]), check(own.hparams)
+    changed = {key: value for key, value in wanted.items() if value != had[key]}
+    fields = {key: getattr(plan, key) for key in ("epochs", "lr", "batch_size")}
+    return host, changed | {key: value for key, value in fields.items() if value != getattr(own, key)}
+
+
+def leaderboard(folder="book", results=None, profile="mini") -> Path:
+    """Write ``leaderboard.md`` and its figure into a folder, from the stored base-to-new runs of a profile.
+
+    Only methods that were measured on all the datasets and seeds that any was are ranked.
+
+    Raises:
+        InputError: there are no such runs.
+    """
+    runs = load_results(results, protocol="base-to-new", profile=profile)
+    if not len(runs):
+        raise InputError(f"no base-to-new runs of profile {profile} in {results_dir(results)}: make some first")
+    runs = runs.assign(label=label(runs))
+    tasks = runs["dataset"].nunique()
+    seeds = runs.loc[runs["seed"] > 0, "seed"].nunique()
+    size = runs.groupby("label").apply(lambda part: len(part[["dataset", "seed"]].drop_duplicates()))
+    unseeded = runs.groupby("label")["seed"].max() == 0
+    whole = size[(size == tasks * seeds) | (unseeded & (size == tasks))].index
+    ranked = runs[runs["label"].isin(whole)]
+    plain = ranked[ranked["options"].fillna("") == ""]
+    claims = [
+        check_claim(text, differences(plain, a, b, split, average=True))
+        for text, a, b, split in COMPARED
+        if {a, b} <= set(plain["method"])
+    ]
+    pairs = []
+    for plugin in sorted(name for name in set(plain["method"]) if name.startswith("dept(")):
+        host, overrides = equal_host(plugin, profile=profile)
+        options = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
+        bare = f"{host} | {options}" if options else host
+        if bare in whole:
+            pairs.append((bare, plugin))
+            for split, words in (("base", "on base classes"), ("new", "on new classes"), ("hm", "in harmonic mean")):
+                text = f"DePT raises {title(host)} {words}, at equal settings."
+                claims.append(check_claim(text, differences(ranked, plugin, pairs[-1][0], split, average=True)))
+    table = _ranking(summarise(ranked))
+    with plt.rc_context({"svg.hashsalt": "promptkit"}):
+        names = {name: title(name.partition(" | ")[0]) + ("*" if " | " in name else "") for name in whole}
+        figure = base_new_plane(ranked, pairs, names)
+        image = Path(folder) / "_static" / "leaderboard.svg"
+        write_atomically(image, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
+        plt.close(figure)
+    text = f"""# Leaderboard
+
+Every method of this book on the same footing: the {tasks} tasks of the mini world, 16 images a class, {seeds} seeds,
+training on the base classes and testing on base and on new ones. Each method follows its own paper's recipe, scaled
+down by the one rule of {{py:func}}`promptkit.train.for_profile`. A row marked * is a host trained by the recipe of the
+plug-in that extends it.
+
+```{{figure}} _static/leaderboard.svg
+:alt: Each method as a point, base accuracy across and new accuracy up, with lines of equal harmonic mean.
+Accuracy on base and on new classes, averages of {tasks} tasks; dotted lines join equal harmonic means, arrows lead
+from a host to its plug-in.
+```
+
+{table}
+
+Means over seeds in percent, ± half the 95 % interval. *Reported* is the harmonic mean of the paper's own average over
+the eleven real datasets on ViT-B/16: another world, shown for its order and not for its digits.
+
+## What the papers say of each other
+
+Differences of the averages over tasks, one a seed, with 95 % intervals.
+
+{_claims(claims)}
+
+## How this page was made
+
+```bash
+promptkit reproduce --benchmark --protocols base-to-new    # half an hour on two cores; what is stored is not run again
+promptkit pages                                             # writes this page
+```
+"""
+    return write_atomically(Path(folder) / "leaderboard.md", lambda file: file.write(text.encode()))
+
+
+def claims(folder="book", results=None) -> Path:
+    """Write ``claims.md`` into a folder: every chapter's claims with their verdicts, as the chapters stored them.
+
+    Raises:
+        InputError: no chapter has stored any.
+    """
+    found = load_claims(results)
+    if not found:
+        raise InputError(f"no claims in {results_dir(results)}: execute the chapters first (promptkit reproduce)")
+    every = [claim for claims in found.values() for claim in claims]
+    counts = pd.Series([claim.verdict for claim in every]).value_counts()
+    summary = ", ".join(f"{counts.get(verdict, 0)} {words}" for verdict, words in VERDICTS.items())
+    parts = "\n\n".join(f"## {{doc}}`/notebooks/{chapter}`\n\n{_claims(claims)}" for chapter, claims in found.items())
+    text = f"""# Claims
+
+What the papers say and what the chapters measured: {len(every)} claims, {summary}. A claim holds when the whole 95 %
+interval of the measured difference is on its side, does not hold when the whole interval is on the other, and is
+undecided in between. The mini world is small and its CLIP is tiny: a claim that does not hold here may well hold there,
+and the chapters look for the reason.
+
+{parts}
+"""
+    return write_atomically(Path(folder) / "claims.md", lambda file: file.write(text.encode()))
+
+
+VERDICTS = {"holds": "hold", "does not hold": "do not", "undecided": "are undecided"}
+
+
+def title(spec: str) -> str:
+    """What a figure calls a method: ``"dept(maple)"`` -> ``"DePT + MaPLe"``."""
+    name, host = parse(spec)
+    return methods()[name].title + (f" + {title(host)}" if host else "")
+
+
+def _ranking(summary) -> str:
+    average = summary[(summary["dataset"] == "average") & summary["split"].isin(["base", "new", "hm"])]
+    reported = paper_numbers(protocol="base-to-new", dataset="average", metric="hm", backbone="ViT-B/16")
+    rows = []
+    for name, part in average.assign(label=label(average)).groupby("label", sort=False):
+        cells = part.set_index("split")
+        method, _, options = name.partition(" | ")
+        paper = methods()[parse(method)[0]].paper
+        own = reported[(reported["method"] == method) & (reported["paper"] == paper)]["value"]
+        other = reported[reported["method"] == method]["value"]
+        texts = [f"{cells.loc[s, 'mean']:.1f}{_half(cells.loc[s])}" for s in ("base", "new", "hm")]
+        value = own if len(own) else other
+        shown = f"{value.iloc[0]:.2f}" if len(value) and not options else ""
+        rows.append((cells.loc["hm", "mean"], [title(method) + ("*" if options else ""), *texts, shown]))
+    rows.sort(key=lambda row: -row[0])
+    lines = ["| method | base | new | harmonic mean | reported |", "| --- | --: | --: | --: | --: |"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for _, cells in rows)])
+
+
+def _half(cell) -> str:
+    half = (cell["high"] - cell["low"]) / 2
+    return "" if half != half else f" ± {half:.1f}"
+
+
+def _claims(claims: list[Claim]) -> str:
+    lines = ["| claim | measured | verdict |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {c.text} | {c.measured()} | **{c.verdict}** |" for c in claims)])
