@@ -331,7 +331,8 @@ def _errors(cells):
 
 
 def _panel_title(panel, cells):
-    return f"average of {cells['datasets'].max()} datasets" if panel == "average" else panel
+    n = cells["datasets"].max()
+    return panel if panel != "average" else f"average of {n} datasets" if n > 1 else "one dataset"
 
 
 def _legend_below(figure, axis):

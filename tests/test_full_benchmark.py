@@ -36,7 +36,7 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):
         assert all(name in text for name in specs())
     assert set(rows["protocol"]) == set(protocols.PROTOCOLS)
     for protocol in ("few-shot", "base-to-new"):
-        assert set(rows.query("protocol == @protocol")["dataset"]) == set(data.DATASETS)
+        assert set(rows[rows["protocol"] == protocol]["dataset"]) == set(data.DATASETS)
     shifts = set(TABLE["imagenet"].shifts)
     assert set(rows.query("protocol == 'domain-generalization'")["target"]) == {"imagenet"} | shifts
     assert set(rows.query("protocol == 'cross-dataset'")["target"]) == set(data.DATASETS)

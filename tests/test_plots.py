@@ -10,7 +10,16 @@ import pytest
 from test_results import base_new, record, table
 
 from promptkit.errors import InputError
-from promptkit.plots import base_new_bars, few_shot_curves, image_grid, loss_curve, similarity_map
+from promptkit.plots import (
+    base_new_bars,
+    base_new_plane,
+    difference_bars,
+    few_shot_curves,
+    image_grid,
+    loss_curve,
+    option_curves,
+    similarity_map,
+)
 from promptkit.widgets import Playground
 
 
@@ -121,3 +130,35 @@ def test_playground_is_static_html_without_a_kernel():
     bundle = widget._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert "cat &amp; dog" in bundle["text/html"] and "data:image/png;base64," in bundle["text/html"]
+
+
+def test_difference_bars_are_sorted():
+    runs = table(*(base_new(80 + s, 60 + 5 * (d == "cars"), dataset=d, seed=s) for d in ("pets", "cars") for s in (1, 2)),
+                 *(base_new(70, 60, dataset=d, method="kgcoop", seed=s) for d in ("pets", "cars") for s in (1, 2)))  # fmt: skip
+    figure = difference_bars(runs, "coop", "kgcoop", names={"coop": "CoOp"})
+    left, right = figure.axes
+    assert left.get_title() == "base classes" and "CoOp − kgcoop (points)" in left.get_xlabel()
+    assert [bar.get_width() for bar in right.patches] == sorted(bar.get_width() for bar in right.patches) == [0, 5]
+    assert [text.get_text() for text in right.get_yticklabels()] == ["pets", "cars"]
+
+
+def test_option_curves_read_the_overrides():
+    runs = [base_new(70 + k, 60, seed=s, overrides={"lam": k, "epochs": 3}) for k in (1, 2, 4) for s in (1, 2)]
+    figure = option_curves(table(*runs), "lam", xlabel="weight λ")
+    (axis,) = figure.axes
+    assert axis.get_xlabel() == "weight λ"
+    line = next(c for c in axis.containers if c.get_label() == "base classes")
+    assert list(line[0].get_xdata()) == [1, 2, 4] and list(line[0].get_ydata()) == [71, 72, 74]
+    with pytest.raises(InputError, match="no runs were given the option 'n_ctx'"):
+        option_curves(table(*runs), "n_ctx")
+
+
+def test_base_new_plane_draws_arrows():
+    runs = table(*(base_new(80, 60 + s, seed=s, dataset=d) for s in (1, 2) for d in ("pets", "cars")),
+                 *(base_new(85, 62 + s, method="dept(coop)", seed=s, dataset=d) for s in (1, 2) for d in ("pets", "cars")))  # fmt: skip
+    figure = base_new_plane(runs, [("coop", "dept(coop)")], {"coop": "CoOp"})
+    (axis,) = figure.axes
+    texts = [text for text in axis.texts if text.get_text() in ("CoOp", "dept(coop)")]
+    assert len(texts) == 2 and any(getattr(text, "arrow_patch", None) for text in axis.texts)
+    assert len({line.get_marker() for line in axis.lines}) == 2
+    figure.canvas.draw()

@@ -1,0 +1,98 @@
+"""The pages that are made from stored runs, and what chapters share."""
+
+import re
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import pytest
+from test_protocols import tiny
+from test_results import base_new
+
+from promptkit import chapter as chapters
+from promptkit import data, pages, protocols
+from promptkit.errors import InputError
+from promptkit.pages import equal_host, title
+from promptkit.results import check_claim, load_claims, save_claims, save_run
+from promptkit.train import Setting, recipe
+
+
+def store(folder, method, base, new, overrides=None):
+    for n, task in enumerate(("pets", "cars")):
+        for seed in (1, 2, 3) if method != "clip" else (0,):
+            record = base_new(
+                base + seed + n, new - seed, dataset=task, method=method, seed=seed, shots=16 * (seed > 0)
+            )
+            record["config"] |= {"profile": "mini", "overrides": overrides or {}}
+            save_run(record, folder)
+
+
+def test_leaderboard(tmp_path):
+    store(tmp_path, "clip", 60, 65)
+    store(tmp_path, "coop", 80, 50)
+    store(tmp_path, "kgcoop", 75, 66)
+    store(tmp_path, "dept(coop)", 85, 55)
+    host, overrides = equal_host("dept(coop)")
+    store(tmp_path, host, 82, 51, overrides)
+    page = pages.leaderboard(tmp_path / "book", tmp_path).read_text()
+    rows = re.findall(r"^\| ([^|]+?) \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\| ([\d.]+)", page, re.MULTILINE)
+    order = [name for name, *_ in rows]
+    assert order[0] == "KgCoOp" and set(order) == {"Zero-shot CLIP", "CoOp", "CoOp*", "KgCoOp", "DePT + CoOp"}
+    values = [float(row[3]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    assert re.search(r"KgCoOp is above CoOp on new classes\. \| \+16\.0 .*\| \*\*holds\*\*", page)
+    assert re.search(r"DePT raises CoOp on new classes, at equal settings\. \| \+4\.0", page)
+    assert (tmp_path / "book" / "_static" / "leaderboard.svg").stat().st_size > 5000
+    first = (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes()
+    pages.leaderboard(tmp_path / "book", tmp_path)
+    assert (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes() == first  # made anew, it is the same
+    with pytest.raises(InputError, match="no base-to-new runs"):
+        pages.leaderboard(tmp_path / "book", tmp_path / "nothing")
+
+
+def test_claims(tmp_path):
+    save_claims(
+        "04_cocoop", [check_claim("A beats B.", [1.0, 1.1, 1.2]), check_claim("B beats A.", [-1.0, 1.0])], tmp_path
+    )
+    page = pages.claims(tmp_path / "book", tmp_path).read_text()
+    assert "2 claims, 1 hold, 0 do not, 1 are undecided" in page and "{doc}`/notebooks/04_cocoop`" in page
+    assert "| A beats B. | +1.1" in page and "**holds**" in page
+    with pytest.raises(InputError, match="no claims"):
+        pages.claims(tmp_path / "book", tmp_path / "nothing")
+
+
+def test_equal_hosts_have_the_plugins_settings():
+    for host in ("coop", "cocoop", "kgcoop", "maple", "promptsrc"):
+        name, overrides = equal_host(f"dept({host})")
+        wanted, own = (recipe(spec, Setting("base-to-new", "sat", 16, "mini")) for spec in (f"dept({host})", host))
+        assert name == host
+        for field in ("epochs", "lr", "batch_size"):
+            assert overrides.get(field, getattr(own, field)) == getattr(wanted, field)
+    assert equal_host("dept(coop)")[1]["init"] == ""  # sixteen random vectors, as in the plug-in's code
+
+
+def test_titles():
+    assert title("dept(tpt(coop))") == "DePT + TPT + CoOp"
+
+
+def test_chapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: tiny())
+    monkeypatch.setattr(chapters, "load_clip", lambda *args, **kwargs: tiny())
+    protocols._clip.cache_clear()
+    chapter = chapters.Chapter("99_test", "smoke", seeds=[1, 2, 3], shots=2, output=str(tmp_path))
+    assert set(chapter.tasks) == set(chapters.SMOKE_TASKS) and chapter.seeds == [1, 2] and chapter.workers == 1
+    assert chapter.few("sat", "pets") == ["sat"] and chapter.few("planes", n=1) == chapter.tasks[:1]
+    runs = chapter.sweep("base-to-new", ["clip", ("coop", {"n_ctx": 2, "init": ""})], ["sat"])
+    assert set(runs["method"]) == {"clip", "coop"} and sorted(runs.query("method == 'coop'")["seed"].unique()) == [1, 2]
+    done = chapter.train("coop", "sat")
+    assert done.history.steps and len(done.method.classnames) == len(done.training.classnames) == 5
+    chapter.verdicts(check_claim("A beats B.", [1.0, 1.1]))
+    assert load_claims(tmp_path)["99_test"][0].text == "A beats B."
+    full = chapters.Chapter("99_test", "full")
+    assert (full.model, full.pretrained) == ("ViT-B-16", "openai") and full.tasks == list(data.DATASETS)
+    assert chapters.Chapter("99_test", "full", model="mini").pretrained is None
+    with pytest.raises(InputError, match="unknown profile"):
+        chapters.Chapter("99_test", "huge")
+    assert "class Trained" in str(chapters.source(chapters.Trained))
+    protocols._clip.cache_clear()
