@@ -133,8 +133,9 @@ def test_playground_is_static_html_without_a_kernel():
 
 
 def test_difference_bars_are_sorted():
-    runs = table(*(base_new(80 + s, 60 + 5 * (d == "cars"), dataset=d, seed=s) for d in ("pets", "cars") for s in (1, 2)),
-                 *(base_new(70, 60, dataset=d, method="kgcoop", seed=s) for d in ("pets", "cars") for s in (1, 2)))  # fmt: skip
+    cells = [(d, s) for d in ("pets", "cars") for s in (1, 2)]
+    ours = [base_new(80 + s, 60 + 5 * (d == "cars"), dataset=d, seed=s) for d, s in cells]
+    runs = table(*ours, *(base_new(70, 60, dataset=d, method="kgcoop", seed=s) for d, s in cells))
     figure = difference_bars(runs, "coop", "kgcoop", names={"coop": "CoOp"})
     left, right = figure.axes
     assert left.get_title() == "base classes" and "CoOp − kgcoop (points)" in left.get_xlabel()
@@ -154,8 +155,9 @@ def test_option_curves_read_the_overrides():
 
 
 def test_base_new_plane_draws_arrows():
-    runs = table(*(base_new(80, 60 + s, seed=s, dataset=d) for s in (1, 2) for d in ("pets", "cars")),
-                 *(base_new(85, 62 + s, method="dept(coop)", seed=s, dataset=d) for s in (1, 2) for d in ("pets", "cars")))  # fmt: skip
+    cells = [(d, s) for d in ("pets", "cars") for s in (1, 2)]
+    plugin = [base_new(85, 62 + s, method="dept(coop)", seed=s, dataset=d) for d, s in cells]
+    runs = table(*(base_new(80, 60 + s, seed=s, dataset=d) for d, s in cells), *plugin)
     figure = base_new_plane(runs, [("coop", "dept(coop)")], {"coop": "CoOp"})
     (axis,) = figure.axes
     texts = [text for text in axis.texts if text.get_text() in ("CoOp", "dept(coop)")]
