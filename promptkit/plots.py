@@ -98,13 +98,15 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
     Args:
         runs: tidy rows of the base-to-new protocol.
         dataset: one dataset's name or "average".
-        names: dict from method (or "method | options") to what the axis calls it.
+        names: dict from method (or "method | options") to what the axis calls it, in the order of the bars.
     """
     table = _table(runs, "base-to-new", level)
     table = table[table["dataset"] == dataset]
     if not len(table):
         raise InputError(f"no base-to-new runs of dataset {dataset!r} to draw")
-    methods = list(table["label"].unique())
+    measured = list(table["label"].unique())
+    methods = [name for name in names or () if name in measured]
+    methods += [name for name in measured if name not in methods]
     titles = {"base": "base classes", "new": "new classes", "hm": "harmonic mean"}
     with style():
         figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(methods), 3.4), layout="constrained")
