@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -121,11 +122,16 @@ class Method(nn.Module, metaclass=MethodType):
     def set_classes(self, classnames: list[str]) -> None:
         """Re-aim at other classes: keep what is learned, rebuild what is made from names.
 
+        What training alone needs of them, such as the features of a hand-written prompt, a method makes a
+        ``cached_property``: it is forgotten here and computed again when it is asked for.
+
         Raises:
             InputError: bad class names, or classes that this method cannot serve.
         """
         self.classnames = check_classnames(classnames, allow_duplicates=True)
         self._remembered = None
+        for name, _ in inspect.getmembers_static(type(self), lambda member: isinstance(member, cached_property)):
+            vars(self).pop(name, None)
 
     def aim(self, dataset) -> None:
         """Re-aim at a dataset: its classes and, if the method uses them, its template or descriptions."""

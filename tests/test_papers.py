@@ -359,3 +359,12 @@ def test_official_checkpoints_may_hold_clips_weights(tiny_clip):
         deeper = "text_encoder.transformer.resblocks.99.VPT_shallow"
         with pytest.raises(InputError, match=f"unknown: {deeper}"):
             other.load_official(state | {deeper: torch.zeros(1)})
+
+
+@pytest.mark.parametrize(("spec", "made"), [("kgcoop", "anchor"), ("prograd", "teacher"), ("promptsrc", "anchor")])
+def test_what_is_made_from_names_follows_them(tiny_clip, spec, made):
+    method = build(spec, tiny_clip, NAMES)
+    first = getattr(method, made)
+    assert first is getattr(method, made) and len(first) == len(NAMES)  # computed once
+    method.set_classes(NAMES[:2])
+    torch.testing.assert_close(getattr(method, made), first[:2])

@@ -44,7 +44,6 @@ class IVLP(Method):
     year = 2023
     paper = "2307.06948"
     kind = "multi-modal prompt"
-    reads = "images"
     official_hyperparameters = {
         "n_ctx_text": "n_ctx",
         "n_ctx_vision": "n_ctx_vision",
@@ -72,6 +71,11 @@ class IVLP(Method):
         self.context = overwriting_context(clip, self.classnames, n_ctx, init) if text else None
         self.deep = prompts(text - 1, n_ctx, clip.width)
         self.vision = prompts(vision, n_ctx_vision, clip.vision_width)
+
+    @property
+    def reads(self):
+        """Without prompts in the image tower its features are CLIP's own, and can be cached."""
+        return "images" if len(self.vision) else "features"
 
     def set_classes(self, classnames):
         super().set_classes(classnames)

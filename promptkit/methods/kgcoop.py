@@ -76,10 +76,6 @@ class KgCoOp(CoOp):
             self.template = self.hparams["template"] = dataset.variants.get("kgcoop", dataset.template)
         super().aim(dataset)
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        vars(self).pop("anchor", None)
-
     @cached_property
     def anchor(self):
         """u, (C, E), normalised: features of the hand-written prompts, computed when training first asks."""

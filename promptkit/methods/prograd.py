@@ -103,10 +103,6 @@ class ProGrad(CoOp):
             expect(fits, "n_ctx", n_ctx, f"at least the {len(before.split())} words of {before!r}")
             self.context = Context(clip, self.classnames, n_ctx, words=before, position=position)
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        vars(self).pop("teacher", None)
-
     @cached_property
     def teacher(self):
         """Class features (C, E) of the hand-written prompts, computed when training first asks."""

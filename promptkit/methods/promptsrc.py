@@ -115,10 +115,6 @@ class PromptSRC(IVLP):
             self.templates = self.hparams["templates"] = list(dataset.templates)
         super().aim(dataset)
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        vars(self).pop("anchor", None)
-
     @cached_property
     def anchor(self):
         """w', (C, E), normalised: the mean of the templates' raw features, computed when training first asks."""
