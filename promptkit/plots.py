@@ -246,12 +246,13 @@ def image_grid(images, titles=None, columns=8, size=1.2):
     """Images in rows.
 
     Args:
-        images: (n, 3, H, W) uint8 tensor or array.
+        images: (n, 3, H, W) uint8 tensor or array, or a list of n images (3, H, W) of any sizes.
         titles: n texts, or None.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise InputError(f"an image grid takes (n, 3, H, W) images, not {images.shape}")
+    images = [np.asarray(image) for image in images]
+    wrong = next((image.shape for image in images if image.ndim != 3 or image.shape[0] != 3), None)
+    if wrong or not images:
+        raise InputError(f"an image grid takes images (3, H, W), one or more, not {wrong or 'none'}")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     with style():
