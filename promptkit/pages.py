@@ -88,7 +88,7 @@ def leaderboard(folder="book", results=None, profile="mini") -> Path:
                 claims.append(check_claim(text, differences(ranked, plugin, pairs[-1][0], split, average=True)))
     table = _ranking(summarise(ranked))
     with plt.rc_context({"svg.hashsalt": "promptkit"}):
-        names = {name: title(name.partition(" | ")[0]) + ("*" if " | " in name else "") for name in whole}
+        names = {name: _shown(name) for name in whole}
         figure = base_new_plane(ranked, pairs, names)
         image = Path(folder) / "_static" / "leaderboard.svg"
         write_atomically(image, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
@@ -97,8 +97,9 @@ def leaderboard(folder="book", results=None, profile="mini") -> Path:
 
 Every method of this book on the same footing: the {tasks} tasks of the mini world, 16 images a class, {seeds} seeds,
 training on the base classes and testing on base and on new ones. Each method follows its own paper's recipe, scaled
-down by the one rule of {{py:func}}`promptkit.train.for_profile`. A row marked * is a host trained by the recipe of the
-plug-in that extends it.
+down by the one rule of {{py:func}}`promptkit.train.for_profile`. Zero-shot CLIP uses each task's own template; the
+contexts of most methods start from "a photo of a", and KgCoOp, ProGrad and PromptSRC are drawn towards hand-written
+prompts, among them the task's own. A row marked * is a host trained by the recipe of the plug-in that extends it.
 
 ```{{figure}} _static/leaderboard.svg
 :alt: Each method as a point, base accuracy across and new accuracy up, with lines of equal harmonic mean.
@@ -120,7 +121,7 @@ Differences of the averages over tasks, one a seed, with 95 % intervals.
 ## How this page was made
 
 ```bash
-promptkit reproduce --benchmark --protocols base-to-new    # half an hour on two cores; what is stored is not run again
+promptkit reproduce --benchmark --protocols base-to-new    # an hour on two cores; what is stored is not run again
 promptkit pages                                             # writes this page
 ```
 """
@@ -174,10 +175,17 @@ def _ranking(summary) -> str:
         texts = [f"{cells.loc[s, 'mean']:.1f}{_half(cells.loc[s])}" for s in ("base", "new", "hm")]
         value = own if len(own) else other
         shown = f"{value.iloc[0]:.2f}" if len(value) and not options else ""
-        rows.append((cells.loc["hm", "mean"], [title(method) + ("*" if options else ""), *texts, shown]))
+        rows.append((cells.loc["hm", "mean"], [_shown(name), *texts, shown]))
     rows.sort(key=lambda row: -row[0])
     lines = ["| method | base | new | harmonic mean | reported |", "| --- | --: | --: | --: | --: |"]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for _, cells in rows)])
+
+
+def _shown(name) -> str:
+    """What page and figure call a label: zero-shot CLIP with its template, a host with a star."""
+    method, _, options = name.partition(" | ")
+    template = f", “{options.removeprefix('template=')}”" if method == "clip" and options else ""
+    return title(method) + (template or "*" * bool(options))
 
 
 def _half(cell) -> str:
