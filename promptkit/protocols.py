@@ -47,6 +47,10 @@ PROBE = "linear-probe"  # the baseline of the few-shot figures: no method, but m
 RECIPE_FIELDS = {f.name for f in dataclasses.fields(Recipe)} - {"hparams"}
 
 
+# joblib replaces a worker whose memory has grown; that is no news for a reader.
+warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
+
+
 class SweepError(RuntimeError):
     """Some runs of a grid failed; all others are stored."""
 
