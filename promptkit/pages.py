@@ -121,9 +121,11 @@ Differences of the averages over tasks, one a seed, with 95 % intervals.
 ## How this page was made
 
 ```bash
-promptkit reproduce --benchmark --protocols base-to-new    # an hour on two cores; what is stored is not run again
-promptkit pages                                             # writes this page
+promptkit reproduce --benchmark --protocols base-to-new
+promptkit pages
 ```
+
+The first command takes an hour or two on two cores; what is stored is not run again. The second writes this page.
 """
     return write_atomically(Path(folder) / "leaderboard.md", lambda file: file.write(text.encode()))
 
@@ -190,7 +192,7 @@ def _shown(name) -> str:
 
 def _half(cell) -> str:
     half = (cell["high"] - cell["low"]) / 2
-    return "" if half != half else f" ± {half:.1f}"
+    return "" if half != half else f"\u00a0±\u00a0{half:.1f}"
 
 
 def _claims(claims: list[Claim]) -> str:

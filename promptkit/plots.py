@@ -221,7 +221,7 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
     table = _table(runs, "base-to-new", 0.95).query("dataset == 'average'")
     points = table.pivot_table(index="label", columns="split", values="mean", sort=False)
     with style():
-        figure, axis = plt.subplots(figsize=(5.4, 4.2), layout="constrained")
+        figure, axis = plt.subplots(figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2), layout="constrained")
         looks = zip(points.iterrows(), cycle(sns.color_palette("colorblind")), cycle(MARKERS))
         for (name, at), colour, marker in looks:
             axis.plot(at["base"], at["new"], marker, color=colour, markeredgecolor="black", markersize=8)
