@@ -55,7 +55,7 @@ CASES = {
     "coop": Case("CoOp, ViT-B/16, 100 classes, 16 tokens", "ViT-B-16-quickgelu", 100, 16),
     "cocoop": Case("CoCoOp, ViT-B/16, 8 images x 50 classes, 4 tokens", "ViT-B-16-quickgelu", 50, 4, 8, 1),
     "mini": Case("CoOp, mini CLIP, 20 classes, 16 tokens", "mini", 20, 16, repeats=30),
-    "tpt": Case("TPT, ViT-B/16, 64 views, 100 classes", "ViT-B-16-quickgelu", 100, 4, views=64),
+    "tpt": Case("TPT, ViT-B/16, 64 views, 100 classes", "ViT-B-16-quickgelu", 100, 4, repeats=1, views=64),
     "many": Case("CoOp, ViT-B/16, 20,000 classes, 16 tokens", "ViT-B-16-quickgelu", 20_000, 16, 1, 1, False),
 }
 KINDS = "small large old young red blue wooden wild striped spotted plastic toy painted broken wet dark".split()

@@ -118,6 +118,11 @@ class Plan:
         method.aim(dataset)
         return method
 
+    def steps(self, images: int) -> int:
+        """How many steps the training on so many images takes."""
+        steps = max(images // self.recipe.batch_size, 1) * self.recipe.epochs
+        return min(steps, self.run.max_steps or steps)
+
     def describe(self) -> dict[str, str]:
         """What is about to happen, for people."""
         dataset = self.training_set()
@@ -131,13 +136,50 @@ class Plan:
         }
         if self.recipe.epochs and learned:
             images, batch = len(dataset.train), self.recipe.batch_size
-            steps = min(max(images // batch, 1) * self.recipe.epochs, self.run.max_steps or sys.maxsize)
+            steps = self.steps(images)
             out["shots"] = f"{self.run.shots} a class, {images} images; seed {self.run.seed}"
             out["training"] = f"{self.recipe.epochs} epochs, {steps} steps of {min(batch, images)}, "
             out["training"] += f"{self.recipe.optimizer}, learning rate {self.recipe.lr:g}"
         if self.run.method == PROBE:
             learned = len(dataset.classnames) * (self.clip.embed_dim + 1)
         return out | {"parameters": f"{learned:,}"}
+
+
+def estimate(plan: Plan) -> dict[str, str]:
+    """Time and memory of a run's training, for people: two steps are made to measure them, and nothing is kept.
+
+    Testing, and features that are computed once before, come on top of the time.
+    """
+    dataset, run = plan.training_set(), plan.run
+    method = None if run.method == PROBE else plan.build(dataset)
+    if method is None or not (plan.recipe.epochs and method.n_parameters):
+        return {}
+    device, generator = torch.device(plan.clip.device), torch.Generator().manual_seed(0)
+    dataset = method.prepare(dataset, plan.recipe, generator)
+    batch = min(plan.recipe.batch_size, len(dataset.train))
+    steps = plan.steps(len(dataset.train))
+    few = replace(dataset, train=dataset.train.take(range(batch)))  # features of these alone, not of the whole set
+    read = train.reader(method.train(), few.train, plan.recipe.augment, generator)
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        method.backward(read(torch.arange(batch)).to(device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_memory()
+    minutes = steps * seconds / 60
+    spent = f"{60 * minutes:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
+    spent = spent if minutes < 90 else f"{minutes / 60:.1f} hours"
+    return {"estimate": f"about {spent} of training" + (f", {memory / 2**30:.1f} GiB" if memory else "")}
+
+
+def _peak_memory() -> int | None:
+    """Bytes of main memory that this process has held at most, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def few_shot(method: str, dataset, shots=16, seed=1, clip="mini", **options) -> pd.DataFrame:

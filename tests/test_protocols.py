@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from promptkit.protocols import (
     SweepError,
     base_to_new,
     cross_dataset,
+    estimate,
     execute,
     few_shot,
     prepare,
@@ -366,6 +368,15 @@ def test_describe_says_what_is_about_to_happen():
     assert facts["parameters"] == "64" and "24 images" in facts["shots"]
     assert facts["training"].startswith("3 epochs, 3 steps of 24, sgd, learning rate 0.024")
     assert "training" not in prepare(Run("few-shot", "clip", toy(), clip=tiny())).describe()
+
+
+def test_estimate_measures_a_step_and_keeps_nothing():
+    plan = prepare(Run("few-shot", "coop", toy(), shots=4, clip=tiny(), profile="full", overrides={"n_ctx": 2}))
+    facts = estimate(plan)
+    assert re.fullmatch(r"about \d+ (seconds|minutes) of training, \d+\.\d GiB", facts["estimate"])
+    before, after = (plan.build(plan.training_set()).context.vectors for _ in range(2))
+    assert torch.equal(before, after)
+    assert estimate(prepare(Run("few-shot", "clip", toy(), clip=tiny()))) == {}
 
 
 def test_execute_takes_a_run():
