@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from real_data import real_root  # noqa: F401
 from rich.console import Console
 from test_cli import promptkit
 from test_protocols import tiny
@@ -12,10 +13,8 @@ from promptkit.data.benchmark import TABLE
 from promptkit.method import specs
 from promptkit.results import load_results
 
-pytest_plugins = ["real_data"]
 
-
-def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):
+def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F811
     """As `promptkit reproduce --profile full --data all --root DIR --max-steps 2`, on a tiny CLIP."""
     clip = tiny(layers=3)  # as deep as the transfer recipes put prompts
     monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: clip)
@@ -44,7 +43,7 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["imagenet", "dtd"])
-def test_a_missing_dataset_is_named_before_anything_runs(real_root, missing, monkeypatch):
+def test_a_missing_dataset_is_named_before_anything_runs(real_root, missing, monkeypatch):  # noqa: F811
     (real_root / TABLE[missing].folder).rename(real_root / "elsewhere")
     words = ["reproduce", "--profile", "full", "--root", real_root, "--model", "mini"]
     said = promptkit(*words, code=2)[1]
