@@ -1,7 +1,8 @@
 """What every chapter of the book begins and ends with: its model, its tasks, its runs, its verdicts."""
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import matplotlib
@@ -11,7 +12,7 @@ from IPython.display import Code, display
 from promptkit import data, results
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import unknown
-from promptkit.protocols import Run, execute_all, grid, prepare
+from promptkit.protocols import Run, backbone, prepare, sweep
 from promptkit.train import PROFILES, History, fit
 
 SMOKE_TASKS = ("sat", "scenes")  # the smallest
@@ -46,15 +47,12 @@ class Chapter:
     pretrained: str | None = None
     workers: int = 2
     root: str | None = None
-    tables: list = field(default_factory=list, repr=False)
 
     def __post_init__(self):
         if self.profile not in PROFILES:
             raise unknown("profile", self.profile, list(PROFILES))
-        real = self.profile == "full"
-        if self.model is None:
-            self.model, self.pretrained = ("ViT-B-16", "openai") if real else ("mini", None)
-        world = data.DATASETS if real else data.MINI_TASKS
+        self.model, self.pretrained = backbone(self.profile, self.model, self.pretrained)
+        world = data.DATASETS if self.profile == "full" else data.MINI_TASKS
         self.tasks = list(world if self.datasets == "all" else self.datasets)
         if self.profile == "smoke":
             self.tasks = [task for task in self.tasks if task in SMOKE_TASKS] or self.tasks[:2]
@@ -85,8 +83,8 @@ class Chapter:
         """
         where = {"clip": self.model, "pretrained": self.pretrained, "profile": self.profile, "root": self.root}
         tasks, seeds, shots = tasks or self.tasks, seeds or self.seeds, shots or self.shots
-        plans = grid(protocol, methods, tasks, seeds, shots, **where, **options)
-        return execute_all(plans, self.workers, progress=False, results=self.output or None)
+        execution = {"workers": self.workers, "progress": False, "results": self.output or None}
+        return sweep(protocol, methods, tasks, seeds, shots, **execution, **where, **options)
 
     def train(self, method: str, task: str, protocol="base-to-new", seed=None, **overrides) -> "Trained":
         """Train a method here and now, to look into it; nothing is stored."""
@@ -116,6 +114,4 @@ class Trained:
 
 def source(*objects) -> Code:
     """The source of classes or functions of the package, as it is, for display."""
-    import inspect
-
     return Code("\n\n".join(inspect.getsource(thing) for thing in objects), language="python")

@@ -166,13 +166,13 @@ def run(
 ):
     """Train and test one method; a run that is stored is not run again."""
     with err.status("loading ..."):
-        from promptkit.protocols import SweepError, execute, execute_all, grid
+        from promptkit.protocols import SweepError, backbone, execute, execute_all, grid
         from promptkit.results import results_dir
         from promptkit.train import Setting
     Setting(protocol, profile=profile)  # refuses unknown names before anything is loaded
     overrides = dict(_setting(text) for text in settings or [])
     overrides |= {k: v for k, v in dict(lr=lr, epochs=epochs, batch_size=batch_size).items() if v is not None}
-    model, pretrained = _backbone(model, pretrained, profile)
+    model, pretrained = backbone(profile, model, pretrained)
     names = _datasets(data, profile)
     tested = [t for t in _datasets(targets, profile) if t not in names] if protocol == "cross-dataset" else []
     plans = grid(
@@ -389,11 +389,11 @@ def reproduce(
 
 
 def _benchmark(profile, methods, protocols, data, shots, seeds, workers, scheduler, model, pretrained, **options):
-    from promptkit.protocols import PROTOCOLS, SweepError, execute_all
+    from promptkit.protocols import PROTOCOLS, SweepError, backbone, execute_all
     from promptkit.protocols import benchmark as plan
     from promptkit.results import load_results, results_dir, summarise
 
-    model, pretrained = _backbone(model, pretrained, profile)
+    model, pretrained = backbone(profile, model, pretrained)
     kinds = list(PROTOCOLS) if protocols == "all" else protocols.replace(",", " ").split()
     chosen = None if methods == "all" else methods.replace(",", " ").split()
     names, numbers = _datasets(data or "all", profile), _numbers("seeds", seeds or "1,2,3")
@@ -411,13 +411,6 @@ def _benchmark(profile, methods, protocols, data, shots, seeds, workers, schedul
     if failed:
         _say(f"Error: {failed}")
         raise typer.Exit(1)
-
-
-def _backbone(model, pretrained, profile):
-    """The model and its weights, by default those of the profile."""
-    if model is None and profile == "full":
-        return "ViT-B-16", pretrained or "openai"
-    return model or "mini", pretrained
 
 
 @app.command(

@@ -16,6 +16,7 @@ MARKERS = "o s ^ D v P X <".split()
 LINES = ["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1))]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
 PROBE = "linear-probe"
+SPLITS = {"base": "base classes", "new": "new classes", "hm": "harmonic mean", "all": "all classes"}
 
 
 @contextmanager
@@ -107,11 +108,10 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
     measured = list(table["label"].unique())
     methods = [name for name in names or () if name in measured]
     methods += [name for name in measured if name not in methods]
-    titles = {"base": "base classes", "new": "new classes", "hm": "harmonic mean"}
     with style():
         figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(methods), 3.4), layout="constrained")
         shades = [sns.color_palette("colorblind")[i] for i in (0, 1, 7)]
-        for i, (split, title) in enumerate(titles.items()):
+        for i, split in enumerate(("base", "new", "hm")):
             cells = table[table["split"] == split].set_index("label").reindex(methods)
             x = np.arange(len(methods)) + 0.27 * (i - 1)
             axis.bar(
@@ -122,7 +122,7 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
                 alpha=0.6,
                 edgecolor="black",
                 hatch=HATCHES[i],
-                label=title,
+                label=SPLITS[split],
             )
             axis.errorbar(x, cells["mean"], yerr=_errors(cells), fmt="none", ecolor="black", capsize=3, linewidth=1)
             top = cells["mean"].where(cells["high"].isna(), cells["high"])
@@ -169,7 +169,7 @@ def difference_bars(runs: pd.DataFrame, a: str, b: str, splits=("base", "new"), 
             axis.axvline(0, color="black", linewidth=1)
             axis.axvline(cells["mean"].mean(), color="black", linestyle=":", linewidth=1.2, label="average")
             axis.set_xlabel(f"{first} − {second} (points)")
-            axis.set_title({"base": "base classes", "new": "new classes", "all": "all classes"}.get(split, split))
+            axis.set_title(SPLITS.get(split, split))
             axis.grid(axis="y", visible=False)
             axis.legend(loc="lower right")
     return figure
@@ -186,26 +186,24 @@ def option_curves(runs: pd.DataFrame, option: str, default=None, xlabel=None, sp
         splits: the curves; all that the protocol has by default.
     """
     table = summarise(runs, level)
-    table = table[table["dataset"] == ("average" if "average" in set(table["dataset"]) else table["dataset"].iloc[0])]
+    panel = "average" if "average" in set(table["dataset"]) else table["dataset"].iloc[0]
+    table = table[table["dataset"] == panel]
     given = table["options"].str.extract(rf"(?:^|, ){re.escape(option)}=([^,]*)")[0]
     table = table.assign(at=pd.to_numeric(given.fillna(str(default)), errors="coerce")).dropna(subset="at")
     if not len(table):
         raise InputError(f"no runs were given the option {option!r}")
-    titles = {"base": "base classes", "new": "new classes", "hm": "harmonic mean", "all": "all classes"}
-    splits = splits or [split for split in titles if split in set(table["split"])]
+    splits = splits or [split for split in SPLITS if split in set(table["split"])]
     with style():
         figure, axis = plt.subplots(figsize=(4.6, 3.5), layout="constrained")
         for split, marker, line in zip(splits, MARKERS, cycle(LINES), strict=False):
             cells = table[table["split"] == split].sort_values("at")
             axis.errorbar(
                 cells["at"], cells["mean"], yerr=_errors(cells), marker=marker, linestyle=line, capsize=2,
-                label=titles.get(split, split),
+                label=SPLITS.get(split, split),
             )  # fmt: skip
         axis.set_xlabel(xlabel or option)
         axis.set_ylabel("test accuracy (%)")
-        axis.set_title(
-            _panel_title("average", table) if "average" in set(table["dataset"]) else table["dataset"].iloc[0]
-        )
+        axis.set_title(_panel_title(panel, table))
         _legend_below(figure, axis)
     return figure
 

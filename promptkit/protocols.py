@@ -421,6 +421,13 @@ def _number(target, split, value):
     return {"target": target, "split": split, "metric": "accuracy", "value": value}
 
 
+def backbone(profile: str, model: str | None = None, pretrained: str | None = None) -> tuple[str, str | None]:
+    """The model and its weights that were asked for, or else those of a profile, as ``load_clip`` takes them."""
+    if model is None and profile == "full":
+        return "ViT-B-16", pretrained or "openai"
+    return model or "mini", pretrained
+
+
 @lru_cache(maxsize=2)
 def _clip(name, pretrained, device, precision):
     return load_clip(name, pretrained, device=device, precision=precision)
