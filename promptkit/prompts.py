@@ -258,9 +258,8 @@ class Context(nn.Module):
         if length is not None and length < 1:
             raise InputError(f"a context needs at least one token, not length={length}")
         words = (words or "").replace("_", " ").split()
-        self._half = None
-        if "[CLS]" in words:  # marks the place of the class name
-            self._half = words.index("[CLS]")
+        marked = words.index("[CLS]") if "[CLS]" in words else None  # the place of the class name
+        if marked is not None:
             words.remove("[CLS]")
             position = "middle"
         self.position, words = position, " ".join(words)
@@ -275,6 +274,7 @@ class Context(nn.Module):
             shape = (len(check_classnames(classnames, True)), length) if class_specific else (length,)
             vectors = torch.empty(*shape, clip.width).normal_(0, std, generator=generator).to(clip.device)
         self.class_specific, self.length = class_specific, length
+        self._half = length // 2 if marked is None else marked
         self._own: list[str] | None = None
         self.set_classes(classnames)
         self.vectors = nn.Parameter(vectors)
@@ -294,7 +294,7 @@ class Context(nn.Module):
                 )
             self._own = names
         extra = [torch.tensor(self._extra)] if self._extra else []
-        half = self._half = self.length // 2 if self._half is None else self._half
+        half = self._half
         pattern = {
             "end": [self.length, *extra, "{}."],
             "middle": [half, "{}", self.length - half, *extra, "."],
