@@ -219,7 +219,7 @@ def predict(
         from promptkit.clip import load_clip
         from promptkit.data import transform
         from promptkit.data.images import SUFFIXES, read_image
-        from promptkit.method import build, checkpoint_backbone, load_method
+        from promptkit.method import build, load_method
     names = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
     if classes_file is not None:
         if names is not None:
@@ -238,8 +238,7 @@ def predict(
     if checkpoint is None:
         method = build("clip", load_clip(model or "mini", pretrained, device), names)
     else:
-        name, weights = checkpoint_backbone(checkpoint)
-        method = load_method(checkpoint, load_clip(name, pretrained or weights, device))
+        method = load_method(checkpoint, pretrained=pretrained, device=device)
         if names:
             method.set_classes(names)
     rows = []

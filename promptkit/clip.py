@@ -123,6 +123,18 @@ class FrozenCLIP(nn.Module):
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels (..., 3, H, W) from 0 to 1 as the image tower reads them."""
+        return (pixels - self._channels(self.mean, pixels)) / self._channels(self.std, pixels)
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`."""
+        return images * self._channels(self.std, images) + self._channels(self.mean, images)
+
+    @staticmethod
+    def _channels(values, like):
+        return torch.tensor(values, device=like.device).view(3, 1, 1)
+
     def encode(self, text: str) -> list[int]:
         """BPE ids of a text, without SOS and EOT.
 

@@ -504,6 +504,14 @@ def parse(spec: str) -> tuple[str, str | None]:
     return name, host
 
 
+def nesting(spec: str) -> list[type[Method]]:
+    """The classes of a spec, outermost first: a plug-in, its host (its default one if none is named), and so on."""
+    name, host = parse(spec)
+    cls = methods()[name]
+    host = cls.default_host[0] if cls.plugin and host is None else host
+    return [cls] if host is None else [cls, *nesting(host)]
+
+
 def build(spec: str, clip: FrozenCLIP, classnames: list[str], *, seed: int = 0, **hparams) -> Method:
     """Make a method by name.
 
@@ -526,18 +534,19 @@ def build(spec: str, clip: FrozenCLIP, classnames: list[str], *, seed: int = 0, 
         return methods()[name](clip, classnames, **hparams)
 
 
-def load_method(path, clip: FrozenCLIP | None = None) -> Method:
+def load_method(path, clip: FrozenCLIP | None = None, *, pretrained: str | None = None, device=None) -> Method:
     """Read a method that :meth:`Method.save` wrote. Nothing is unpickled.
 
     Args:
-        clip: the backbone that it was trained on; loaded by its recorded name if None.
+        clip: the backbone that it was trained on; loaded by its recorded name if None,
+        pretrained, device: from these weights instead of the recorded ones, and onto this device.
 
     Raises:
         InputError: the file is missing or damaged, or belongs to another backbone.
     """
     config, state = _read(path)
     backbone = config["clip"]
-    clip = clip or load_clip(backbone["name"], backbone["pretrained"])
+    clip = clip or load_clip(backbone["name"], pretrained or backbone["pretrained"], device)
     if clip.fingerprint != backbone["fingerprint"]:
         raise InputError(
             f"{path} was trained on the weights {backbone['fingerprint'][:12]} ({backbone['name']}), "
@@ -556,12 +565,6 @@ def load_method(path, clip: FrozenCLIP | None = None) -> Method:
     if config["classnames"] != config["trained_on"]:
         method.set_classes(config["classnames"])
     return method
-
-
-def checkpoint_backbone(path) -> tuple[str, str | None]:
-    """Name and weights of the model that a file of :meth:`Method.save` belongs to, as ``load_clip`` takes them."""
-    backbone = _read(path)[0]["clip"]
-    return backbone["name"], backbone["pretrained"]
 
 
 def _read(path) -> tuple[dict, dict[str, Tensor]]:

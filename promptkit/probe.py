@@ -7,8 +7,6 @@ min(shots, 4) validation images a class by a coarse grid and a binary search in 
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from promptkit.data import features
 
@@ -22,6 +20,9 @@ def linear_probe(clip, dataset, steps: int = 2) -> float:
         steps: bisection steps after the grid 1e6, 1e4, ..., 1e-6. The paper takes 8, and up to 1000 iterations a fit
             where this takes 150, to save time.
     """
+    from sklearn.exceptions import ConvergenceWarning  # slow to import, and needed here alone
+    from sklearn.linear_model import LogisticRegression
+
     parts = {}
     for name in ("train", "val", "test"):
         split = getattr(dataset, name)
@@ -31,6 +32,7 @@ def linear_probe(clip, dataset, steps: int = 2) -> float:
     def fit(strength):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # far ends of the grid stop at the iteration limit
+            warnings.filterwarnings("ignore", "The number of unique classes is greater", UserWarning)  # one shot
             return LogisticRegression(C=strength, max_iter=150).fit(parts["train"][0] / scale, parts["train"][1])
 
     def accuracy(strength, part="val"):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from promptkit import data, probe, train
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
-from promptkit.method import Method, build, load_method, methods, parse, specs
+from promptkit.method import Method, Plugin, build, load_method, methods, nesting, parse, specs
 from promptkit.results import (
     TRANSFER,
     config_hash,
@@ -316,7 +316,8 @@ def _resolve(run, source):
     fields = {key: value for key, value in run.overrides.items() if key in RECIPE_FIELDS}
     hparams = {key: value for key, value in run.overrides.items() if key not in RECIPE_FIELDS}
     recipe = train.recipe(run.method, setting)
-    untrained = recipe.epochs == 0 and method.prepare is Method.prepare
+    prepared = any(cls.prepare not in (Method.prepare, Plugin.prepare) for cls in nesting(run.method))
+    untrained = recipe.epochs == 0 and not prepared
     if untrained:  # nothing about training tells two runs apart
         run, fields = replace(run, overrides=hparams, max_steps=None), {}
     recipe = replace(recipe, **fields, hparams=_merge(recipe.hparams, hparams))

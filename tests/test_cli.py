@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from promptkit import clip as clip_module
 from promptkit import data, protocols
+from promptkit import method as method_module
 from promptkit.cli import app
 from promptkit.data.images import read_image
 from promptkit.method import load_method, methods
@@ -289,7 +290,7 @@ def test_leaderboard_errors(world):
 # --- predict ------------------------------------------------------------------------------------------------
 
 
-def test_predict(world):
+def test_predict(world, monkeypatch):
     """With a checkpoint or zero-shot, by trained names or others, of files and folders."""
     from PIL import Image
 
@@ -298,29 +299,27 @@ def test_predict(world):
         Image.new("RGB", (40 + n, 30), colour).save(world / "photos" / f"{colour}.png")
     promptkit("run", "coop", "--data", "pets", "--shots", 2, "--max-steps", 1, "--save", "pets.safetensors")
     words = ["predict", "photos", "--checkpoint", "pets.safetensors", "--json"]
-    tiny_one, load_clip = tiny(), clip_module.load_clip
-    clip_module.load_clip = lambda *args, **kwargs: tiny_one
-    try:
-        rows = json.loads(promptkit(*words)[0])
-        assert [row["image"] for row in rows] == ["photos/green.png", "photos/red.png"]
-        method = load_method("pets.safetensors", tiny_one)
-        image = data.transform(tiny_one, [read_image("photos/red.png")])
-        best = method.classnames[method.predict(image)]
-        assert next(iter(rows[1]["classes"])) == best and len(rows[1]["classes"]) == 3
-        rows = json.loads(promptkit(*words, "--classes", "otter, red fox", "--top", 1)[0])
-        assert all(set(row["classes"]) < {"otter", "red fox"} and len(row["classes"]) == 1 for row in rows)
-        (world / "names.txt").write_text("otter\nred fox\n")
-        text, _ = promptkit("predict", "photos/red.png", "--classes-file", "names.txt")
-        assert "otter" in text and "%" in text
-        for bad, message in {
-            ("photos/red.png",): "name the classes",
-            ("nothing.png", "--classes", "a,b"): "there is no image nothing.png",
-            ("photos/red.png", "--checkpoint", "photos/red.png"): "no file of a saved method",
-            ("photos/red.png", "--checkpoint", "pets.safetensors", "--model", "mini"): "leave out --model",
-        }.items():
-            assert message in promptkit("predict", *bad, code=2)[1]
-    finally:
-        clip_module.load_clip = load_clip
+    tiny_one = tiny()
+    for module in (clip_module, method_module):
+        monkeypatch.setattr(module, "load_clip", lambda *args, **kwargs: tiny_one)
+    rows = json.loads(promptkit(*words)[0])
+    assert [row["image"] for row in rows] == ["photos/green.png", "photos/red.png"]
+    method = load_method("pets.safetensors", tiny_one)
+    image = data.transform(tiny_one, [read_image("photos/red.png")])
+    best = method.classnames[method.predict(image)]
+    assert next(iter(rows[1]["classes"])) == best and len(rows[1]["classes"]) == 3
+    rows = json.loads(promptkit(*words, "--classes", "otter, red fox", "--top", 1)[0])
+    assert all(set(row["classes"]) < {"otter", "red fox"} and len(row["classes"]) == 1 for row in rows)
+    (world / "names.txt").write_text("otter\nred fox\n")
+    text, _ = promptkit("predict", "photos/red.png", "--classes-file", "names.txt")
+    assert "otter" in text and "%" in text
+    for bad, message in {
+        ("photos/red.png",): "name the classes",
+        ("nothing.png", "--classes", "a,b"): "there is no image nothing.png",
+        ("photos/red.png", "--checkpoint", "photos/red.png"): "no file of a saved method",
+        ("photos/red.png", "--checkpoint", "pets.safetensors", "--model", "mini"): "leave out --model",
+    }.items():
+        assert message in promptkit("predict", *bad, code=2)[1]
 
 
 # --- reproduce ----------------------------------------------------------------------------------------------

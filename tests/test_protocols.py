@@ -121,6 +121,13 @@ def test_zero_shot_has_neither_shots_nor_seed(folder):
     assert again.hash[0] == rows.hash[0] and len(files(folder)) == 1
 
 
+@pytest.mark.parametrize("method", ["waffleclip", "tpt"])
+def test_what_trains_nothing_has_no_shots(folder, method):
+    options = {"views": 2} if method == "tpt" else {}
+    rows = sweep("few-shot", [(method, options)], [toy()], seeds=[1], shots=[1, 4], clip=tiny(), progress=False)
+    assert len(files(folder)) == 1 and set(rows.shots) == {0} and set(rows.seed) == {1}
+
+
 def test_a_template_that_is_asked_for_is_kept():
     values = [
         few_shot("clip", toy(), clip=tiny(), **more) for more in ({}, {"template": "{}"}, {"template": "blue {}"})

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import open_clip
-import scipy.io
 
 from promptkit.data.images import Files, scan
 from promptkit.errors import InputError
@@ -274,8 +273,10 @@ def _mat(path, key):
     """An array of a MATLAB file."""
     if not path.exists():
         raise InputError(f"the file {path} is missing: get it, or the dataset's split file, again")
+    from scipy.io import loadmat  # slow to import, and needed by two datasets alone
+
     try:
-        return scipy.io.loadmat(path)[key]
+        return loadmat(path)[key]
     except Exception as error:  # scipy raises a dozen kinds for a damaged file
         raise InputError(f"damaged file {path} ({type(error).__name__}: {error}): get it again") from None
 

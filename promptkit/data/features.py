@@ -35,9 +35,7 @@ def transform(clip, images, augment: bool = False, generator: torch.Generator | 
     else:
         crops = [_draw_crop(image.shape, generator) if augment else None for image in images]
         x = torch.stack(list(workers().map(_resize, images, crops, [size] * len(images))))
-    x = x.to(clip.device).float() / 255
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (clip.mean, clip.std))
-    return (x - mean) / std
+    return clip.normalize(x.to(clip.device).float() / 255)
 
 
 def _resize(image, crop, size):  # (3, H, W) uint8 -> (3, S, S) uint8

@@ -11,6 +11,7 @@ are fused, not their probabilities.
 """
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -83,7 +84,7 @@ class DePT(Plugin):
         self.film_image, self.film_text = (Channels(clip.embed_dim) if film else nn.Identity() for _ in range(2))
         self.classifier = nn.Linear(clip.embed_dim, len(self.classnames)) if head == "linear" else None
 
-    @property
+    @cached_property
     def rows(self):
         """For each class its row in the second head, (C,), or None if one of them was not trained."""
         if self.classnames == self.trained_on:

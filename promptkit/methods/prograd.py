@@ -6,6 +6,7 @@ Deviations: the teacher's logits come from the image features that the student r
 runs a second CLIP; gradients and their products are float32.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,7 +18,6 @@ from promptkit.data.benchmark import TABLE
 from promptkit.method import expect, register
 from promptkit.methods.coop import CoOp
 from promptkit.prompts import Context
-from promptkit.train import Recipe
 
 # The class name comes last, so that the words before it can start the context: the paper's, and the mini world's.
 TEMPLATES = {name: entry.variants.get("prograd", entry.template) for name, entry in TABLE.items()} | {
@@ -148,9 +148,6 @@ class ProGrad(CoOp):
         far = setting.dataset in ("oxford_flowers", "dtd", "eurosat")
         if setting.protocol == "few-shot" and setting.shots >= 8 and far:
             hparams["lam"] = 0.8
-        epochs = 50 if setting.shots <= 1 else 100 if setting.shots <= 4 else 200
-        if setting.protocol == "base-to-new":
-            epochs = 100
-        if setting.protocol in ("cross-dataset", "domain-generalization") or setting.dataset == "imagenet":
-            epochs = 50
-        return Recipe(hparams=hparams, epochs=epochs)
+        recipe = super().recipe(setting)
+        epochs = min(recipe.epochs, 100) if setting.protocol == "base-to-new" else recipe.epochs
+        return replace(recipe, hparams=hparams, epochs=epochs)

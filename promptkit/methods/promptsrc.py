@@ -8,6 +8,7 @@ too, to themselves), and its mean and width are given as fractions of the traini
 in the paper's formulas, the feature terms are means over all entries.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from promptkit.data import MINI_TASKS
 from promptkit.method import expect, register
 from promptkit.methods.ivlp import IVLP
-from promptkit.train import Recipe
 
 # OpenAI's templates for ImageNet, those that the published code uses and in its order.
 TEMPLATES = [
@@ -179,5 +179,4 @@ class PromptSRC(IVLP):
             average = (30 / 50, 30 / 50) if setting.dataset in broad else (45 / 50, 5 / 50)
         else:
             average = (15 / 20, 1 / 20)
-        hparams = base.hparams | {"gpa_mean": average[0], "gpa_std": average[1]}
-        return Recipe(hparams=hparams, epochs=base.epochs, batch_size=base.batch_size, lr=base.lr)
+        return replace(base, hparams=base.hparams | {"gpa_mean": average[0], "gpa_std": average[1]})

@@ -130,16 +130,14 @@ class TPT(Plugin):
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from torch's own generator
             torch.manual_seed(seed)
             stacks = [image_views(v2.functional.to_pil_image(x), self.n_views, size, self.mixes, rng) for x in images]
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.clip.mean, self.clip.std))
-        return (torch.stack(stacks) - mean) / std
+        return self.clip.normalize(torch.stack(stacks))
 
     def forward(self, batch):
         if self.training:
             return self.host(batch)
         views = batch.views
         if views is None:  # images came without their pixels
-            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.clip.mean, self.clip.std))
-            pixels = ((batch.images.cpu() * std + mean).clamp(0, 1) * 255).round().byte()
+            pixels = (self.clip.denormalize(batch.images.cpu()).clamp(0, 1) * 255).round().byte()
             views = torch.cat([self.views(x[None], torch.Generator().manual_seed(0)) for x in pixels])
         features = self.clip.encode_image(views.flatten(0, 1).to(self.clip.device))  # (B * V, E)
         return self.adapt(features.unflatten(0, views.shape[:2])).logits
@@ -169,20 +167,19 @@ class TPT(Plugin):
             return x.gather(1, selected[..., None].expand(-1, -1, x.shape[-1]))
 
         every = logits_of(image)
-        log_p = every.detach().log_softmax(dim=-1)
-        entropy = -(log_p.exp() * log_p).sum(dim=-1)  # (B, V)
+        entropy = entropy_of(every.detach().log_softmax(dim=-1))  # (B, V)
         selected = entropy.argsort(dim=-1)[:, : max(int(image.shape[1] * self.selection), 1)]  # (B, k)
-        losses, gradients = [], [torch.zeros_like(start)]
+        losses, gradient = [], torch.zeros_like(start)
         for step in range(self.steps):
             loss = marginal_entropy(logits_of(chosen(image)) if step else chosen(every))  # (B,)
             (vectors.grad,) = torch.autograd.grad(loss.sum(), vectors)
+            gradient = gradient if step else vectors.grad
             losses.append(loss.detach())
-            gradients.insert(step, vectors.grad)
             optimizer.step()
         with torch.no_grad():
             final = logits_of(image[:, :1]).squeeze(1)
         losses = torch.stack(losses) if losses else entropy.new_zeros(0, len(entropy))
-        return Adapted(final, every.detach(), entropy, selected, losses, start, vectors.detach(), gradients[0])
+        return Adapted(final, every.detach(), entropy, selected, losses, start, vectors.detach(), gradient)
 
     def load_official(self, state):
         """The host's checkpoint; this method's code calls CoCoOp's learner "prompt_generator"."""
@@ -192,8 +189,6 @@ class TPT(Plugin):
     @classmethod
     def from_official(cls, clip, classnames, hyperparameters, *, host="", **objects):
         """As for any method; without a host the phrase "ctx_init" starts the context."""
-        own = {key: value for key, value in hyperparameters.items() if key in cls.official_hyperparameters}
-        hparams = {cls.official_hyperparameters[key]: value for key, value in own.items()}
         if host == "cocoop":
             extended = CoCoOp(clip, classnames, init=hyperparameters.get("prompt_prefix") or "a photo of a")
         else:
@@ -204,7 +199,7 @@ class TPT(Plugin):
                 init=(hyperparameters.get("ctx_init") or "").replace("_", " "),
                 position=hyperparameters.get("class_token_position", "end"),
             )
-        return cls(clip, classnames, host=extended, **hparams, **objects)
+        return cls(clip, classnames, host=extended, **cls.official_hparams(hyperparameters), **objects)
 
     @classmethod
     def recipe(cls, setting, host=None):
@@ -214,7 +209,11 @@ class TPT(Plugin):
 
 def marginal_entropy(logits: Tensor) -> Tensor:
     """Entropy (B,), in nats, of the mean prediction of k views: logits (B, k, C)."""
-    log_p = logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])  # (B, C)
+    return entropy_of(logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1]))
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Entropy (...,), in nats, of log-probabilities (..., C)."""
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
