@@ -25,13 +25,14 @@ class Chapter:
     Args:
         name: of the notebook, such as "04_cocoop".
         profile: "smoke", "mini" or "full". Smoke keeps one small task and two seeds.
-        datasets: "all", the eleven of the profile's world, or a list of names.
+        datasets: "all", the eleven of the profile's world, or a list of names. None: the chapter's choice.
         seeds: of the runs.
         shots: training images a class.
         output: folder of the stored runs, which are not run again; empty: $PROMPTKIT_RESULTS or ./results.
         model, pretrained: backbone; None: the mini CLIP, or ViT-B-16 with OpenAI's weights in the full profile.
         workers: processes at the same time.
         root: folder of the real datasets; None: $PROMPTKIT_DATA or ./data.
+        mini, full: the chapter's choice in the mini and in the real world; none: "all".
 
     Raises:
         InputError: unknown profile.
@@ -39,7 +40,7 @@ class Chapter:
 
     name: str
     profile: str = "mini"
-    datasets: str | Sequence[str] = "all"
+    datasets: str | Sequence[str] | None = "all"
     seeds: Sequence[int] = (1, 2, 3)
     shots: int | Sequence[int] = 16
     output: str = ""
@@ -47,13 +48,17 @@ class Chapter:
     pretrained: str | None = None
     workers: int = 2
     root: str | None = None
+    mini: Sequence[str] = ()
+    full: Sequence[str] = ()
 
     def __post_init__(self):
         if self.profile not in PROFILES:
             raise unknown("profile", self.profile, list(PROFILES))
         self.model, self.pretrained = backbone(self.profile, self.model, self.pretrained)
-        world = data.DATASETS if self.profile == "full" else data.MINI_TASKS
-        self.tasks = list(world if self.datasets == "all" else self.datasets)
+        everything, chosen = (data.DATASETS, self.full) if self.profile == "full" else (data.MINI_TASKS, self.mini)
+        tasks = chosen or "all" if self.datasets is None else self.datasets
+        named = tasks.replace(",", " ").split() if isinstance(tasks, str) else tasks
+        self.tasks = list(everything if tasks == "all" else named)
         if self.profile == "smoke":
             self.tasks = [SMOKE_TASK] if SMOKE_TASK in self.tasks else self.tasks[:1]
             self.seeds, self.workers = list(self.seeds)[:2], 1
@@ -77,14 +82,22 @@ class Chapter:
         """The rows of a grid of runs, see :func:`promptkit.protocols.sweep`; stored runs are read.
 
         Args:
-            methods: names, or pairs of a name and its overrides.
+            methods: names, or pairs of a name and its overrides; or a dict of such, whose keys then stand in the
+                column "method".
             tasks, seeds, shots: the chapter's own by default.
             options: overrides for all of them.
         """
         where = {"clip": self.model, "pretrained": self.pretrained, "profile": self.profile, "root": self.root}
         tasks, seeds, shots = tasks or self.tasks, seeds or self.seeds, shots or self.shots
         execution = {"workers": self.workers, "progress": False, "results": self.output or None}
-        return sweep(protocol, methods, tasks, seeds, shots, **execution, **where, **options)
+
+        def rows(methods):
+            return sweep(protocol, methods, tasks, seeds, shots, **execution, **where, **options)
+
+        if not isinstance(methods, dict):
+            return rows(methods)
+        rows(list(methods.values()))  # all at once keeps the workers busy; below they are only read
+        return pd.concat([rows([entry]).assign(method=name, options="") for name, entry in methods.items()])
 
     def train(self, method: str, task: str, protocol="base-to-new", seed=None, **overrides) -> "Trained":
         """Train a method here and now, to look into it; nothing is stored."""

@@ -120,7 +120,7 @@ class Plan:
 
     def steps(self, images: int) -> int:
         """How many steps the training on so many images takes."""
-        steps = max(images // self.recipe.batch_size, 1) * self.recipe.epochs
+        steps = self.recipe.steps(images) * self.recipe.epochs
         return min(steps, self.run.max_steps or steps)
 
     def describe(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ MINI_LR = {"sgd": 12.0}  # times the paper's; optimizers that are not named resc
 MINI_EPOCHS = 5  # the paper's divided by this,
 MINI_LEAST_EPOCHS = 10  # but no fewer than these, or than the paper's if it has fewer
 MINI_BATCHES = (8, 32)  # the smallest and the largest batch
-SMOKE_EPOCHS, SMOKE_BATCH = 2, 32
+SMOKE_EPOCHS = 2  # of one step each
 
 
 class DivergedError(InputError):
@@ -69,6 +70,7 @@ class Recipe:
     Args:
         hparams: hyperparameters of the method; those left out keep their defaults.
         epochs: 0 for methods that learn nothing.
+        epoch_steps: an epoch ends after so many steps; None: when it has seen all images.
         optimizer: "sgd", "adam", "adamw" or "adadelta".
         options: further arguments of the optimizer, such as ``{"eps": 1e-3}``.
         schedule: "cosine" or "constant", stepped once an epoch after the warm-up, see :func:`learning_rate`.
@@ -78,6 +80,7 @@ class Recipe:
 
     hparams: dict[str, Any] = field(default_factory=dict)
     epochs: int = 50
+    epoch_steps: int | None = None
     batch_size: int = 32
     optimizer: str = "sgd"
     lr: float = 0.002
@@ -94,12 +97,17 @@ class Recipe:
             raise unknown("optimizer", self.optimizer, list(OPTIMIZERS))
         if self.schedule not in ("cosine", "constant"):
             raise unknown("schedule", self.schedule, ["cosine", "constant"])
-        for name, least in (("epochs", 0), ("batch_size", 1), ("warmup_epochs", 0)):
+        for name, least in (("epochs", 0), ("epoch_steps", 1), ("batch_size", 1), ("warmup_epochs", 0)):
             value = getattr(self, name)
-            expect(isinstance(value, int) and value >= least, name, value, f"a whole number from {least}")
+            fits = isinstance(value, int) and value >= least or (name == "epoch_steps" and value is None)
+            expect(fits, name, value, f"a whole number from {least}")
         for name in ("lr", "momentum", "weight_decay", "warmup_lr"):
             value = getattr(self, name)
             expect(math.isfinite(value) and value >= 0, name, value, "a number that is not negative")
+
+    def steps(self, images: int) -> int:
+        """How many steps an epoch over so many images takes."""
+        return min(max(images // self.batch_size, 1), self.epoch_steps or images)
 
 
 @dataclass
@@ -131,8 +139,8 @@ def for_profile(recipe: Recipe, profile: str) -> Recipe:
     The mini CLIP's logit scale is about 14 where OpenAI's is 100, so gradients are small and SGD takes steps
     that are too small by far: "mini" multiplies its learning rate by 12 (0.002 becomes 0.024). The tasks are
     small: it divides the epochs by 5, but keeps 10 of them, and batches hold 8 to 32 images. It leaves out
-    augmentation, so that image features can be cached. "smoke" is "mini" with 2 epochs of batches of 32. "full"
-    changes nothing.
+    augmentation, so that image features can be cached. "smoke" is "mini" with 2 epochs of one step. "full" changes
+    nothing.
     """
     if profile == "full" or recipe.epochs == 0:
         return recipe
@@ -141,7 +149,8 @@ def for_profile(recipe: Recipe, profile: str) -> Recipe:
     return replace(
         recipe,
         epochs=min(epochs, SMOKE_EPOCHS) if profile == "smoke" else epochs,
-        batch_size=SMOKE_BATCH if profile == "smoke" else min(max(recipe.batch_size, smallest), largest),
+        epoch_steps=1 if profile == "smoke" else recipe.epoch_steps,
+        batch_size=min(max(recipe.batch_size, smallest), largest),
         lr=recipe.lr * MINI_LR.get(recipe.optimizer, 1.0),
         augment=False,
     )
@@ -228,7 +237,7 @@ def fit(
     split = dataset.train
     method.train()
     read = reader(method, split, recipe.augment, generator)
-    per_epoch = max(len(split) // recipe.batch_size, 1)
+    per_epoch = recipe.steps(len(split))
     total = min(recipe.epochs * per_epoch, max_steps or math.inf)
     began = time.perf_counter() - history.seconds
     with tqdm(total=total, initial=history.steps, desc=method.spec, unit="step", disable=not progress) as bar:
@@ -238,7 +247,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, epoch, group["peak_lr"])
             history.lrs.append(learning_rate(recipe, epoch))
-            for indices in shuffled(len(split), recipe.batch_size, generator):
+            for indices in islice(shuffled(len(split), recipe.batch_size, generator), per_epoch):
                 if history.steps >= total:
                     break
                 batch = read(indices).to(device)

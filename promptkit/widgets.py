@@ -64,7 +64,7 @@ def zero_shot_playground(clip, images, titles, classnames, template="a photo of 
 
     Args:
         clip: FrozenCLIP.
-        images: (n, 3, H, W) uint8 tensor.
+        images: (n, 3, H, W) uint8 tensor, or a list of n tensors (3, H, W) of any sizes.
         titles, classnames, template: see :class:`Playground`.
     """
     import torch

@@ -92,6 +92,11 @@ def test_chapter(tmp_path, monkeypatch):
     full = chapters.Chapter("99_test", "full")
     assert (full.model, full.pretrained) == ("ViT-B-16", "openai") and full.tasks == list(data.DATASETS)
     assert chapters.Chapter("99_test", "full", model="mini").pretrained is None
+    own = {"datasets": None, "mini": ["pets", "sat"]}
+    assert chapters.Chapter("99_test", **own).tasks == ["pets", "sat"]
+    assert chapters.Chapter("99_test", "full", **own).tasks == list(data.DATASETS)
+    assert chapters.Chapter("99_test", "full", **own, full=["imagenet"]).tasks == ["imagenet"]
+    assert chapters.Chapter("99_test", "full", "eurosat, dtd").tasks == ["eurosat", "dtd"]
     with pytest.raises(InputError, match="unknown profile"):
         chapters.Chapter("99_test", "huge")
     assert "class Trained" in str(chapters.source(chapters.Trained))
