@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import matplotlib
@@ -12,6 +12,7 @@ from IPython.display import Code, display
 from promptkit import data, results
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import unknown
+from promptkit.pages import compared
 from promptkit.protocols import Run, backbone, prepare, sweep
 from promptkit.train import PROFILES, History, fit
 
@@ -107,6 +108,14 @@ class Chapter:
         dataset = plan.training_set()
         trained = plan.build(dataset)
         return Trained(trained, dataset, plan.source, fit(trained, dataset, plan.recipe, plan.run.seed, progress=False))
+
+    def leaderboard(self, method: str) -> list[results.Claim]:
+        """What is said of a method, decided on all eleven tasks by the runs that come with the package.
+
+        None in the full profile, see :func:`promptkit.pages.compared`.
+        """
+        claims = [] if self.profile == "full" else compared(results.mini_runs(), method)
+        return [replace(claim, text=f"On the leaderboard's eleven tasks: {claim.text}") for claim in claims]
 
     def verdicts(self, *claims: results.Claim) -> None:
         """Store the claims that were checked and show each with its verdict."""

@@ -459,8 +459,9 @@ def pages(
     """Write the book's leaderboard and claims pages from the stored runs of the mini profile."""
     from promptkit import pages
 
-    for page in (pages.leaderboard, pages.claims):
-        _say(f"wrote {page(book, results)}")
+    table = Path("promptkit") / "assets" / "mini_runs.csv"  # of the checkout whose book this is
+    _say(f"wrote {pages.leaderboard(book, results, table=table if table.parent.is_dir() else None)}")
+    _say(f"wrote {pages.claims(book, results)}")
 
 
 def _stored(kind, name, choices):

@@ -10,6 +10,7 @@ from promptkit.files import write_atomically
 from promptkit.method import methods, parse
 from promptkit.plots import base_new_plane
 from promptkit.results import (
+    IDENTITY,
     Claim,
     check_claim,
     differences,
@@ -22,20 +23,23 @@ from promptkit.results import (
 )
 from promptkit.train import Setting, recipe
 
-# What the papers say of each other's methods: (claim, method, other method, split).
+# What the papers say of each other's methods.
 COMPARED = [
-    ("CoCoOp is above CoOp on new classes.", "cocoop", "coop", "new"),
-    ("CoCoOp is above CoOp in harmonic mean.", "cocoop", "coop", "hm"),
-    ("KgCoOp is above CoOp on new classes.", "kgcoop", "coop", "new"),
-    ("KgCoOp is above CoOp in harmonic mean.", "kgcoop", "coop", "hm"),
-    ("ProGrad is above CoOp on new classes.", "prograd", "coop", "new"),
-    ("ProGrad is above CoOp in harmonic mean.", "prograd", "coop", "hm"),
-    ("MaPLe is above CoOp in harmonic mean.", "maple", "coop", "hm"),
-    ("MaPLe is above independent prompts (IVLP) in harmonic mean.", "maple", "ivlp", "hm"),
-    ("PromptSRC is above IVLP on new classes.", "promptsrc", "ivlp", "new"),
-    ("PromptSRC is above MaPLe in harmonic mean.", "promptsrc", "maple", "hm"),
-    ("PromptSRC is above CoOp in harmonic mean.", "promptsrc", "coop", "hm"),
+    ("coop", "above", "clip", "base"),
+    ("coop", "below", "clip", "new"),
+    ("cocoop", "above", "coop", "new"),
+    ("cocoop", "above", "coop", "hm"),
+    ("kgcoop", "above", "coop", "new"),
+    ("kgcoop", "above", "coop", "hm"),
+    ("prograd", "above", "coop", "new"),
+    ("prograd", "above", "coop", "hm"),
+    ("maple", "above", "coop", "hm"),
+    ("maple", "above", "ivlp", "hm"),
+    ("promptsrc", "above", "ivlp", "new"),
+    ("promptsrc", "above", "maple", "hm"),
+    ("promptsrc", "above", "coop", "hm"),
 ]
+WHERE = {"base": "on base classes", "new": "on new classes", "hm": "in harmonic mean"}
 
 
 def equal_host(plugin: str, protocol="base-to-new", dataset="sat", shots=16, profile="mini") -> tuple[str, dict]:
@@ -52,10 +56,47 @@ def equal_host(plugin: str, protocol="base-to-new", dataset="sat", shots=16, pro
     return host, changed | {key: value for key, value in fields.items() if value != getattr(own, key)}
 
 
-def leaderboard(folder="book", results=None, profile="mini") -> Path:
+def compared(runs: pd.DataFrame, method: str = "", profile="mini") -> list[Claim]:
+    """What the papers say of each other's methods, decided by averages over the tasks.
+
+    Args:
+        runs: base-to-new rows, such as :func:`promptkit.results.mini_runs`. What they lack is left out.
+        method: only what is said of this one, by its name; "dept" is about all of its hosts.
+        profile: of the runs; a host is compared with its plug-in at equal settings, which depend on it.
+    """
+    known = set(label(runs))
+    rows = [(f"{title(a)} is {way} {title(b)} {WHERE[split]}.", a, b, split, way) for a, way, b, split in COMPARED]
+    rows += [
+        (f"DePT raises {title(parse(plugin)[1])} {where}, at equal settings.", plugin, host, split, "above")
+        for host, plugin in _pairs(runs, profile)
+        for split, where in WHERE.items()
+    ]
+    return [
+        check_claim(text, differences(runs, a, b, split, average=True) * (1 if way == "above" else -1))
+        for text, a, b, split, way in rows
+        if {a, b} <= known and method in ("", a.partition("(")[0])
+    ]
+
+
+def _pairs(runs, profile):
+    """(host at the plug-in's settings, plug-in) as the labels of runs that hold both."""
+    known = set(label(runs))
+    for plugin in sorted(name for name in known if name.startswith("dept(") and " | " not in name):
+        host, overrides = equal_host(plugin, profile=profile)
+        options = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
+        host = f"{host} | {options}" if options else host
+        if host in known:
+            yield host, plugin
+
+
+def leaderboard(folder="book", results=None, profile="mini", table=None) -> Path:
     """Write ``leaderboard.md`` and its figure into a folder, from the stored base-to-new runs of a profile.
 
     Only methods that were measured on all the datasets and seeds that any was are ranked.
+
+    Args:
+        folder, results: of the book's pages; of the stored runs.
+        table: CSV file for the ranked rows, which :func:`promptkit.results.mini_runs` reads; None: no file.
 
     Raises:
         InputError: there are no such runs.
@@ -70,26 +111,12 @@ def leaderboard(folder="book", results=None, profile="mini") -> Path:
     unseeded = runs.groupby("label")["seed"].max() == 0
     whole = size[(size == tasks * seeds) | (unseeded & (size == tasks))].index
     ranked = runs[runs["label"].isin(whole)]
-    plain = ranked[ranked["options"].fillna("") == ""]
-    claims = [
-        check_claim(text, differences(plain, a, b, split, average=True))
-        for text, a, b, split in COMPARED
-        if {a, b} <= set(plain["method"])
-    ]
-    pairs = []
-    for plugin in sorted(name for name in set(plain["method"]) if name.startswith("dept(")):
-        host, overrides = equal_host(plugin, profile=profile)
-        options = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
-        bare = f"{host} | {options}" if options else host
-        if bare in whole:
-            pairs.append((bare, plugin))
-            for split, words in (("base", "on base classes"), ("new", "on new classes"), ("hm", "in harmonic mean")):
-                text = f"DePT raises {title(host)} {words}, at equal settings."
-                claims.append(check_claim(text, differences(ranked, plugin, pairs[-1][0], split, average=True)))
-    table = _ranking(summarise(ranked))
+    if table is not None:
+        rows = ranked.sort_values([*IDENTITY])[[*IDENTITY, "value"]].to_csv(index=False, float_format="%.4f")
+        write_atomically(table, lambda file: file.write(rows.encode()))
     with plt.rc_context({"svg.hashsalt": "promptkit"}):
         names = {name: _shown(name) for name in whole}
-        figure = base_new_plane(ranked, pairs, names)
+        figure = base_new_plane(ranked, list(_pairs(ranked, profile)), names)
         image = Path(folder) / "_static" / "leaderboard.svg"
         write_atomically(image, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
         plt.close(figure)
@@ -107,7 +134,7 @@ Accuracy on base and on new classes, averages of {tasks} tasks; dotted lines joi
 from a host to its plug-in.
 ```
 
-{table}
+{_ranking(summarise(ranked))}
 
 Means over seeds in percent, ± half the 95 % interval. *Reported* is the harmonic mean of the paper's own average over
 the eleven real datasets on ViT-B/16: another world, shown for its order and not for its digits.
@@ -116,7 +143,7 @@ the eleven real datasets on ViT-B/16: another world, shown for its order and not
 
 Differences of the averages over tasks, one a seed, with 95 % intervals.
 
-{_claims(claims)}
+{_claims(compared(ranked, profile=profile))}
 
 ## How this page was made
 

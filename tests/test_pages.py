@@ -1,11 +1,13 @@
 """The pages that are made from stored runs, and what chapters share."""
 
 import re
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 
+import pandas as pd
 import pytest
 from test_protocols import tiny
 from test_results import base_new
@@ -14,8 +16,10 @@ from promptkit import chapter as chapters
 from promptkit import data, pages, protocols
 from promptkit.errors import InputError
 from promptkit.pages import equal_host, title
-from promptkit.results import check_claim, load_claims, save_claims, save_run
+from promptkit.results import check_claim, label, load_claims, mini_runs, save_claims, save_run
 from promptkit.train import Setting, recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 def store(folder, method, base, new, overrides=None):
@@ -47,6 +51,15 @@ def test_leaderboard(tmp_path):
     first = (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes()
     pages.leaderboard(tmp_path / "book", tmp_path)
     assert (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes() == first  # made anew, it is the same
+    pages.leaderboard(tmp_path / "book", tmp_path, table=tmp_path / "runs.csv")
+    kept = pd.read_csv(tmp_path / "runs.csv", keep_default_na=False)
+    assert [c.text for c in pages.compared(kept, "kgcoop")] == [
+        "KgCoOp is above CoOp on new classes.",
+        "KgCoOp is above CoOp in harmonic mean.",
+    ]
+    assert [c.estimate for c in pages.compared(kept, "dept")] == pytest.approx([3.0, 4.0, 3.98], abs=0.01)
+    below = pages.compared(kept, "coop")[1]
+    assert below.text == "CoOp is below Zero-shot CLIP on new classes." and below.estimate == pytest.approx(15 + 2)
     with pytest.raises(InputError, match="no base-to-new runs"):
         pages.leaderboard(tmp_path / "book", tmp_path / "nothing")
 
@@ -72,6 +85,17 @@ def test_equal_hosts_have_the_plugins_settings():
     assert equal_host("dept(coop)")[1]["init"] == ""  # sixteen random vectors, as in the plug-in's code
 
 
+def test_runs_of_the_package():
+    """All that the leaderboard ranks, on all tasks and seeds; its page says the same."""
+    runs = mini_runs()
+    seeds = runs[runs["seed"] > 0].groupby(label(runs))["seed"].nunique()
+    assert set(runs["dataset"]) == set(data.MINI_TASKS) and seeds.min() == seeds.max() >= 3
+    assert set(mini_runs(method="coop", split="new")["split"]) == {"new"}
+    page = (ROOT / "book" / "leaderboard.md").read_text()
+    claims = pages.compared(runs)
+    assert len(claims) > 15 and all(f"| {c.text} | {c.measured()} | **{c.verdict}** |" in page for c in claims)
+
+
 def test_titles():
     assert title("dept(tpt(coop))") == "DePT + TPT + CoOp"
 
@@ -87,9 +111,11 @@ def test_chapter(tmp_path, monkeypatch):
     assert set(runs["method"]) == {"clip", "coop"} and sorted(runs.query("method == 'coop'")["seed"].unique()) == [1, 2]
     done = chapter.train("coop", "sat")
     assert done.history.steps and len(done.method.classnames) == len(done.training.classnames) == 5
-    chapter.verdicts(check_claim("A beats B.", [1.0, 1.1]))
-    assert load_claims(tmp_path)["99_test"][0].text == "A beats B."
+    chapter.verdicts(check_claim("A beats B.", [1.0, 1.1]), *chapter.leaderboard("maple"))
+    first, *others = load_claims(tmp_path)["99_test"]
+    assert first.text == "A beats B." and others and all("eleven tasks: MaPLe is" in claim.text for claim in others)
     full = chapters.Chapter("99_test", "full")
+    assert full.leaderboard("maple") == []
     assert (full.model, full.pretrained) == ("ViT-B-16", "openai") and full.tasks == list(data.DATASETS)
     assert chapters.Chapter("99_test", "full", model="mini").pretrained is None
     own = {"datasets": None, "mini": ["pets", "sat"]}
