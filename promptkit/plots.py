@@ -34,7 +34,7 @@ def style():
             yield
 
 
-def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=None, columns=4, level=0.95):
+def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=None, columns=3, level=0.95):
     """Accuracy against shots: a panel for the average and one for each dataset.
 
     A star at 0 shots marks the zero-shot method, dotted lines are linear probes, bars are intervals over
