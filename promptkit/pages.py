@@ -1,5 +1,6 @@
 """Pages of the book that are made from stored runs: the leaderboard and the collected claims."""
 
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -169,7 +170,10 @@ def claims(folder="book", results=None) -> Path:
     every = [claim for claims in found.values() for claim in claims]
     counts = pd.Series([claim.verdict for claim in every]).value_counts()
     summary = ", ".join(f"{counts.get(verdict, 0)} {words}" for verdict, words in VERDICTS.items())
-    parts = "\n\n".join(f"## {{doc}}`/notebooks/{chapter}`\n\n{_claims(claims)}" for chapter, claims in found.items())
+    parts = "\n\n".join(
+        f"## {_heading(folder, chapter)}\n\nFrom {{doc}}`/notebooks/{chapter}`.\n\n{_claims(claims)}"
+        for chapter, claims in found.items()
+    )
     text = f"""# Claims
 
 What the papers say and what the chapters measured: {len(every)} claims, {summary}. A claim holds when the whole 95 %
@@ -180,6 +184,15 @@ and the chapters look for the reason.
 {parts}
 """
     return write_atomically(Path(folder) / "claims.md", lambda file: file.write(text.encode()))
+
+
+def _heading(folder, chapter) -> str:
+    """What a chapter beside the folder of the book's pages is about: its title up to the colon, else its name."""
+    notebook = Path(folder).resolve().parent / "notebooks" / f"{chapter}.ipynb"
+    if not notebook.exists():
+        return chapter
+    first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    return first.splitlines()[0].lstrip("# ").partition(":")[0]
 
 
 VERDICTS = {"holds": "hold", "does not hold": "do not", "undecided": "are undecided"}

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.transforms import Bbox
 
 from promptkit.errors import InputError
 from promptkit.results import differences, harmonic_mean, interval, label, summarise
@@ -220,11 +221,11 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
     points = table.pivot_table(index="label", columns="split", values="mean", sort=False)
     with style():
         figure, axis = plt.subplots(figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2), layout="constrained")
-        looks = zip(points.iterrows(), cycle(sns.color_palette("colorblind")), cycle(MARKERS))
+        looks, texts = zip(points.iterrows(), cycle(sns.color_palette("colorblind")), cycle(MARKERS)), []
         for (name, at), colour, marker in looks:
             axis.plot(at["base"], at["new"], marker, color=colour, markeredgecolor="black", markersize=8)
-            text = (names or {}).get(name, name)
-            axis.annotate(text, (at["base"], at["new"]), (6, 4), textcoords="offset points", fontsize=8)
+            where = {"xy": (at["base"], at["new"]), "textcoords": "offset points", "fontsize": 8}
+            texts.append(axis.annotate((names or {}).get(name, name), xytext=(6, 4), **where))
         for start, end in arrows:
             tail, head = points.loc[start, ["base", "new"]], points.loc[end, ["base", "new"]]
             look = {"arrowstyle": "->", "color": "0.3", "shrinkA": 6, "shrinkB": 6, "lw": 1.2}
@@ -237,7 +238,24 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
         axis.set_xlabel("accuracy on base classes (%)")
         axis.set_ylabel("accuracy on new classes (%)")
         axis.set_title(_panel_title("average", table))
+        _spread(texts)
     return figure
+
+
+def _spread(texts):
+    """Put each label on that side of its point where it covers no point and no label before it."""
+    figure = texts[0].figure
+    figure.draw_without_rendering()
+    pixel = figure.dpi / 72
+    places = [text.axes.transData.transform(text.xy) for text in texts]
+    taken = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
+    for text in texts:
+        for x, y in ((6, 4), (6, -11), (-6, 4), (-6, -11), (6, 4)):  # the last where no side is free
+            text.set_position((x, y)), text.set_horizontalalignment("left" if x > 0 else "right")
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def image_grid(images, titles=None, columns=8, size=1.2):

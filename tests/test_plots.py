@@ -165,3 +165,13 @@ def test_base_new_plane_draws_arrows():
     assert len(texts) == 2 and any(getattr(text, "arrow_patch", None) for text in axis.texts)
     assert len({line.get_marker() for line in axis.lines}) == 2
     figure.canvas.draw()
+
+
+def test_labels_of_near_points_do_not_cover_each_other():
+    near = [("coop", 80.0), ("cocoop", 80.1), ("kgcoop", 80.2), ("maple", 70)]
+    runs = table(*(base_new(base, base - 20, method=name, seed=s) for name, base in near for s in (1, 2)))
+    figure = base_new_plane(runs)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() in dict(near)]
+    pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    assert len(boxes) == 4 and not any(a.overlaps(b) for a, b in pairs)
