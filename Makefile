@@ -55,7 +55,7 @@ distclean: clean  ## remove the environment too
 
 # setuptools is in the lock, so the package itself builds without fetching anything more.
 $(STAMP): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11.5 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11, 5) else None'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo 'No virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
 	$(BIN)/pip install --requirement requirements.lock
