@@ -10,6 +10,7 @@ import papermill
 import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from real_data import real_root  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -77,15 +78,28 @@ def test_committed_notebook(path, check):
     check(notebook, path)
 
 
+def run(path, folder, **parameters):
+    """nbmake runs a copy with other parameters; what the run stores stays in a temporary folder."""
+    known = papermill.inspect_notebook(path)
+    parameters = {key: value for key, value in parameters.items() if key in known}
+    if "output" in known:
+        parameters["output"] = str(folder / "output")
+    notebook = parameterize_notebook(load_notebook_node(str(path)), parameters)
+    nbformat.write(notebook, folder / path.name)
+    (folder / "pytest.ini").write_text("[pytest]\n")  # not this project's options
+    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=240", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, path.name], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
 @chapters
 def test_runs_in_the_smoke_profile(path, tmp_path):
-    """nbmake runs a copy whose parameters say `smoke`; what the run stores stays in a temporary folder."""
-    parameters = {"profile": "smoke"}
-    if "output" in papermill.inspect_notebook(path):
-        parameters["output"] = str(tmp_path / "output")
-    notebook = parameterize_notebook(load_notebook_node(str(path)), parameters)
-    nbformat.write(notebook, tmp_path / path.name)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # not this project's options
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=240", "-p", "no:cacheprovider"]
-    run = subprocess.run([*command, path.name], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    run(path, tmp_path, profile="smoke")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)  # the first is about the mini world alone
+def test_runs_in_the_full_profile(path, tmp_path, real_root, monkeypatch):  # noqa: F811
+    """By the papers' recipes on few images in a real dataset's format, and with the mini CLIP."""
+    monkeypatch.setenv("PROMPTKIT_DATA", str(real_root))
+    datasets = ["imagenet"] if "tpt" in path.stem else ["eurosat"]
+    run(path, tmp_path, profile="full", model="mini", datasets=datasets, seeds=[1, 2])
