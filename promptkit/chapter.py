@@ -25,7 +25,7 @@ class Chapter:
 
     Args:
         name: of the notebook, such as "04_cocoop".
-        profile: "smoke", "mini" or "full". Smoke keeps one small task and two seeds.
+        profile: "smoke", "mini" or "full". Smoke keeps one small task and one seed.
         datasets: "all", the eleven of the profile's world, or a list of names. None: the chapter's choice.
         seeds: of the runs.
         shots: training images a class.
@@ -62,7 +62,7 @@ class Chapter:
         self.tasks = list(everything if tasks == "all" else named)
         if self.profile == "smoke":
             self.tasks = [SMOKE_TASK] if SMOKE_TASK in self.tasks else self.tasks[:1]
-            self.seeds, self.workers = list(self.seeds)[:2], 1
+            self.seeds, self.workers = list(self.seeds)[:1], 1
         pd.options.display.float_format = "{:.1f}".format
         matplotlib.rcParams["figure.dpi"] = 100
 

@@ -25,10 +25,12 @@ SPELLINGS = {
     "seed": ("seed",),
 }
 
-# A kernel that ends when it is told to: an interpreter takes seconds to free, object by object, all that torch made.
+# A kernel that starts and ends sooner: importing torch makes a million objects that stay, among which garbage is looked
+# for in vain, and an interpreter takes seconds to free them one by one.
 KERNEL = "; ".join(
     [
-        "import atexit, os",
+        "import atexit, gc, os",
+        "gc.set_threshold(200_000)",
         "from ipykernel.kernelapp import launch_new_instance",
         "launch_new_instance()",
         "atexit._run_exitfuncs()",

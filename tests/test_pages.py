@@ -105,10 +105,10 @@ def test_chapter(tmp_path, monkeypatch):
     monkeypatch.setattr(chapters, "load_clip", lambda *args, **kwargs: tiny())
     protocols._clip.cache_clear()
     chapter = chapters.Chapter("99_test", "smoke", seeds=[1, 2, 3], shots=2, output=str(tmp_path))
-    assert chapter.tasks == [chapters.SMOKE_TASK] and chapter.seeds == [1, 2] and chapter.workers == 1
+    assert chapter.tasks == [chapters.SMOKE_TASK] and chapter.seeds == [1] and chapter.workers == 1
     assert chapter.few("sat", "pets") == ["sat"] and chapter.few("planes", n=1) == chapter.tasks[:1]
     runs = chapter.sweep("base-to-new", ["clip", ("coop", {"n_ctx": 2, "init": ""})], ["sat"])
-    assert set(runs["method"]) == {"clip", "coop"} and sorted(runs.query("method == 'coop'")["seed"].unique()) == [1, 2]
+    assert set(runs["method"]) == {"clip", "coop"} and sorted(runs.query("method == 'coop'")["seed"].unique()) == [1]
     done = chapter.train("coop", "sat")
     assert done.history.steps and len(done.method.classnames) == len(done.training.classnames) == 5
     chapter.verdicts(check_claim("A beats B.", [1.0, 1.1]), *chapter.leaderboard("maple"))
