@@ -1,6 +1,7 @@
 """Pages of the book that are made from stored runs: the leaderboard and the collected claims."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -149,13 +150,25 @@ Differences of the averages over tasks, one a seed, with 95 % intervals.
 ## How this page was made
 
 ```bash
-promptkit reproduce --benchmark --protocols base-to-new
+{_commands(ranked)}
 promptkit pages
 ```
 
-The first command takes an hour or two on two cores; what is stored is not run again. The second writes this page.
+All of them take an hour or two on two cores; what is stored is not run again. The last writes this page.
 """
     return write_atomically(Path(folder) / "leaderboard.md", lambda file: file.write(text.encode()))
+
+
+def _commands(runs) -> str:
+    """What makes these runs, a line a command: the methods as they are, then each with options of its own."""
+    shared = f"--data all --seeds {','.join(str(s) for s in sorted(set(runs['seed'])) if s)}"
+    settings = runs[["method", "options"]].fillna("").drop_duplicates().sort_values(["method", "options"])
+    plain = ",".join(settings.loc[settings["options"] == "", "method"])
+    lines = [f'promptkit reproduce --benchmark --protocols base-to-new {shared} --methods "{plain}"']
+    for method, options in settings[settings["options"] != ""].itertuples(index=False):
+        sets = [f'--set "{key}={value}"' for key, value in re.findall(r"(\w+)=(.*?)(?=, \w+=|$)", options)]
+        lines.append(" ".join(["promptkit run", method, "--protocol base-to-new", shared, *sets]))
+    return "\n".join(lines)
 
 
 def claims(folder="book", results=None) -> Path:

@@ -47,6 +47,8 @@ def test_leaderboard(tmp_path):
     assert values == sorted(values, reverse=True)
     assert re.search(r"KgCoOp is above CoOp on new classes\. \| \+16\.0 .*\| \*\*holds\*\*", page)
     assert re.search(r"DePT raises CoOp on new classes, at equal settings\. \| \+4\.0", page)
+    assert '--seeds 1,2,3 --methods "clip,coop,dept(coop),kgcoop"' in page
+    assert 'promptkit run coop --protocol base-to-new --data all --seeds 1,2,3 --set "batch_size=8" --set' in page
     assert (tmp_path / "book" / "_static" / "leaderboard.svg").stat().st_size > 5000
     first = (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes()
     pages.leaderboard(tmp_path / "book", tmp_path)
