@@ -299,8 +299,8 @@ def paper_numbers(variants=False, **filters) -> pd.DataFrame:
 def mini_runs(**filters) -> pd.DataFrame:
     """The runs of the leaderboard, which come with the package: base-to-new on all tasks of the mini world.
 
-    They were made by ``promptkit reproduce --benchmark`` and are here for claims that need more runs than a chapter
-    has time for.
+    They were made by the commands on the leaderboard's page and are here for claims that need more runs than a
+    chapter has time for.
 
     Args:
         filters: column=value or column=[values] to keep.
