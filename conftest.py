@@ -1,7 +1,8 @@
 """``pytest tests/parity --fixtures DIR``: the folder of parity fixtures to run on.
 
-pytest has a ``--fixtures`` of its own, a switch that lists its fixtures, and reads it before any conftest.
-Followed by a folder it means ours here; alone, or before a test file, it is still pytest's.
+pytest has a ``--fixtures`` of its own, a switch that lists its fixtures, and reads it
+before any conftest. Followed by a folder it means ours here; alone, or before a test
+file, it is still pytest's.
 """
 
 from pathlib import Path
@@ -28,5 +29,7 @@ def pytest_generate_tests(metafunc):
         folder = Path(getattr(metafunc.config.option, "parity_fixtures", default))
         paths = sorted(folder.glob("*.json"))
         if not paths:
-            raise pytest.UsageError(f"there are no parity fixtures (*.json) in {folder}")
+            raise pytest.UsageError(
+                f"there are no parity fixtures (*.json) in {folder}"
+            )
         metafunc.parametrize("parity_path", paths, ids=[path.stem for path in paths])

@@ -1,8 +1,11 @@
-"""promptkit: prompt learning for vision-language models, one readable module per paper."""
+"""promptkit: prompt learning for vision-language models, one readable module per
+paper.
+"""
 
 from importlib import import_module
 
-# Imported when first asked for: torch takes seconds to load, and the command line must not wait for it.
+# Imported when first asked for: torch takes seconds to load, and the command line must
+# not wait for it.
 _HOME = {
     "clip": ["FrozenCLIP", "load_clip", "zero_shot_features"],
     "errors": ["InputError"],

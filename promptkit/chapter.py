@@ -1,4 +1,6 @@
-"""What every chapter of the book begins and ends with: its model, its tasks, its runs, its verdicts."""
+"""What every chapter of the book begins and ends with: its model, its tasks, its runs,
+its verdicts.
+"""
 
 import inspect
 from collections.abc import Sequence
@@ -26,11 +28,14 @@ class Chapter:
     Args:
         name: of the notebook, such as "04_cocoop".
         profile: "smoke", "mini" or "full". Smoke keeps one small task and one seed.
-        datasets: "all", the eleven of the profile's world, or a list of names. None: the chapter's choice.
+        datasets: "all", the eleven of the profile's world, or a list of names. None:
+            the chapter's choice.
         seeds: of the runs.
         shots: training images a class.
-        output: folder of the stored runs, which are not run again; empty: $PROMPTKIT_RESULTS or ./results.
-        model, pretrained: backbone; None: the mini CLIP, or ViT-B-16 with OpenAI's weights in the full profile.
+        output: folder of the stored runs, which are not run again; empty:
+            $PROMPTKIT_RESULTS or ./results.
+        model, pretrained: backbone; None: the mini CLIP, or ViT-B-16 with OpenAI's
+            weights in the full profile.
         workers: processes at the same time.
         root: folder of the real datasets; None: $PROMPTKIT_DATA or ./data.
         mini, full: the chapter's choice in the mini and in the real world; none: "all".
@@ -55,8 +60,14 @@ class Chapter:
     def __post_init__(self):
         if self.profile not in PROFILES:
             raise unknown("profile", self.profile, list(PROFILES))
-        self.model, self.pretrained = backbone(self.profile, self.model, self.pretrained)
-        everything, chosen = (data.DATASETS, self.full) if self.profile == "full" else (data.MINI_TASKS, self.mini)
+        self.model, self.pretrained = backbone(
+            self.profile, self.model, self.pretrained
+        )
+        everything, chosen = (
+            (data.DATASETS, self.full)
+            if self.profile == "full"
+            else (data.MINI_TASKS, self.mini)
+        )
         tasks = chosen or "all" if self.datasets is None else self.datasets
         named = tasks.replace(",", " ").split() if isinstance(tasks, str) else tasks
         self.tasks = list(everything if tasks == "all" else named)
@@ -73,49 +84,109 @@ class Chapter:
 
     def load(self, name: str):
         """A dataset by name, from the chapter's folder."""
-        return data.load_dataset(name) if self.root is None else data.load_dataset(name, self.root)
+        return (
+            data.load_dataset(name)
+            if self.root is None
+            else data.load_dataset(name, self.root)
+        )
 
     def few(self, *wanted: str, n: int = 4) -> list[str]:
-        """For ablations: those of the wanted tasks that the chapter has, else its first n; all if it is full."""
-        return self.tasks if self.profile == "full" else [t for t in wanted if t in self.tasks] or self.tasks[:n]
+        """For ablations: those of the wanted tasks that the chapter has, else its first
+        n; all if it is full.
+        """
+        return (
+            self.tasks
+            if self.profile == "full"
+            else [t for t in wanted if t in self.tasks] or self.tasks[:n]
+        )
 
-    def sweep(self, protocol: str, methods, tasks=None, seeds=None, shots=None, **options) -> pd.DataFrame:
-        """The rows of a grid of runs, see :func:`promptkit.protocols.sweep`; stored runs are read.
+    def sweep(
+        self, protocol: str, methods, tasks=None, seeds=None, shots=None, **options
+    ) -> pd.DataFrame:
+        """The rows of a grid of runs, see :func:`promptkit.protocols.sweep`; stored
+        runs are read.
 
         Args:
-            methods: names, or pairs of a name and its overrides; or a dict of such, whose keys then stand in the
-                column "method".
+            methods: names, or pairs of a name and its overrides; or a dict of such,
+                whose keys then stand in the column "method".
             tasks, seeds, shots: the chapter's own by default.
             options: overrides for all of them.
         """
-        where = {"clip": self.model, "pretrained": self.pretrained, "profile": self.profile, "root": self.root}
-        tasks, seeds, shots = tasks or self.tasks, seeds or self.seeds, shots or self.shots
-        execution = {"workers": self.workers, "progress": False, "results": self.output or None}
+        where = {
+            "clip": self.model,
+            "pretrained": self.pretrained,
+            "profile": self.profile,
+            "root": self.root,
+        }
+        tasks, seeds, shots = (
+            tasks or self.tasks,
+            seeds or self.seeds,
+            shots or self.shots,
+        )
+        execution = {
+            "workers": self.workers,
+            "progress": False,
+            "results": self.output or None,
+        }
 
         def rows(methods):
-            return sweep(protocol, methods, tasks, seeds, shots, **execution, **where, **options)
+            return sweep(
+                protocol, methods, tasks, seeds, shots, **execution, **where, **options
+            )
 
         if not isinstance(methods, dict):
             return rows(methods)
-        rows(list(methods.values()))  # all at once keeps the workers busy; below they are only read
-        return pd.concat([rows([entry]).assign(method=name, options="") for name, entry in methods.items()])
+        rows(
+            list(methods.values())
+        )  # all at once keeps the workers busy; below they are only read
+        return pd.concat(
+            [
+                rows([entry]).assign(method=name, options="")
+                for name, entry in methods.items()
+            ]
+        )
 
-    def train(self, method: str, task: str, protocol="base-to-new", seed=None, **overrides) -> "Trained":
+    def train(
+        self, method: str, task: str, protocol="base-to-new", seed=None, **overrides
+    ) -> "Trained":
         """Train a method here and now, to look into it; nothing is stored."""
         shots = self.shots if isinstance(self.shots, int) else max(self.shots)
-        options = {"clip": self.clip, "profile": self.profile, "root": self.root, "shots": shots}
-        plan = prepare(Run(protocol, method, task, seed=seed or self.seeds[0], **options, overrides=overrides))
+        options = {
+            "clip": self.clip,
+            "profile": self.profile,
+            "root": self.root,
+            "shots": shots,
+        }
+        plan = prepare(
+            Run(
+                protocol,
+                method,
+                task,
+                seed=seed or self.seeds[0],
+                **options,
+                overrides=overrides,
+            )
+        )
         dataset = plan.training_set()
         trained = plan.build(dataset)
-        return Trained(trained, dataset, plan.source, fit(trained, dataset, plan.recipe, plan.run.seed, progress=False))
+        return Trained(
+            trained,
+            dataset,
+            plan.source,
+            fit(trained, dataset, plan.recipe, plan.run.seed, progress=False),
+        )
 
     def leaderboard(self, method: str) -> list[results.Claim]:
-        """What is said of a method, decided on all eleven tasks by the runs that come with the package.
+        """What is said of a method, decided on all eleven tasks by the runs that come
+        with the package.
 
         None in the full profile, see :func:`promptkit.pages.compared`.
         """
         claims = [] if self.profile == "full" else compared(results.mini_runs(), method)
-        return [replace(claim, text=f"On the leaderboard's eleven tasks: {claim.text}") for claim in claims]
+        return [
+            replace(claim, text=f"On the leaderboard's eleven tasks: {claim.text}")
+            for claim in claims
+        ]
 
     def verdicts(self, *claims: results.Claim) -> None:
         """Store the claims that were checked and show each with its verdict."""
@@ -136,4 +207,6 @@ class Trained:
 
 def source(*objects) -> Code:
     """The source of classes or functions of the package, as it is, for display."""
-    return Code("\n\n".join(inspect.getsource(thing) for thing in objects), language="python")
+    return Code(
+        "\n\n".join(inspect.getsource(thing) for thing in objects), language="python"
+    )

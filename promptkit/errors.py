@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Input that cannot be used. The message is one sentence: what is wrong, and what would be right."""
+    """Input that cannot be used. The message is one sentence: what is wrong, and what
+    would be right.
+    """
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
@@ -21,15 +23,22 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
     """
     choices = list(choices)
     by_lower = {choice.lower(): choice for choice in choices}
-    near = [by_lower[c] for c in difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)]
+    near = [
+        by_lower[c]
+        for c in difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)
+    ]
     message = f"unknown {kind} {name!r}"
     if near:
         message += f"; did you mean {' or '.join(repr(choice) for choice in near)}?"
     if not choices:
         return InputError(message)
-    # A long list helps nobody: with a suggestion at hand, a few names show what the rest look like.
+    # A long list helps nobody: with a suggestion at hand, a few names show what the
+    # rest look like.
     shown = choices if len(choices) <= 40 else near or choices[:20]
     if shown is not near:
         more = f", ... ({len(choices)} in all)" if len(shown) < len(choices) else ""
-        message += f"{'' if near else ';'} {'C' if near else 'c'}hoose from: {', '.join(shown)}{more}"
+        message += (
+            f"{'' if near else ';'} {'C' if near else 'c'}hoose from:"
+            f" {', '.join(shown)}{more}"
+        )
     return InputError(message)

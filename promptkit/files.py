@@ -9,7 +9,8 @@ def cache_folder(name: str = "") -> Path:
     """$PROMPTKIT_CACHE, or promptkit in the user's cache folder; made if missing."""
     base = (
         os.environ.get("PROMPTKIT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "promptkit"
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        / "promptkit"
     )
     folder = Path(base) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -17,7 +18,9 @@ def cache_folder(name: str = "") -> Path:
 
 
 def write_atomically(path, write) -> Path:
-    """Call `write(file)` on a temporary binary file beside `path`, then move it into place."""
+    """Call `write(file)` on a temporary binary file beside `path`, then move it into
+    place.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -26,7 +29,9 @@ def write_atomically(path, write) -> Path:
             write(file)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is private, a result is not
+        os.chmod(
+            temporary, 0o666 & ~mask
+        )  # a temporary file is private, a result is not
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,8 +1,10 @@
-"""Arithmetic with frozen weights: the gradient goes to the input alone, and little is kept for it.
+"""Arithmetic with frozen weights: the gradient goes to the input alone, and little is
+kept for it.
 
-Autograd's own formulas would give the same numbers. These keep 9 floats a channel and token in a block
-instead of 19, need a fifth of the operations, and on x86 processors multiply float32 matrices with oneDNN,
-which on AMD is twice as fast as the library behind `F.linear`.
+Autograd's own formulas would give the same numbers. These keep 9 floats a channel and
+token in a block instead of 19, need a fifth of the operations, and on x86 processors
+multiply float32 matrices with oneDNN, which on AMD is twice as fast as the library
+behind `F.linear`.
 """
 
 import platform
@@ -15,11 +17,16 @@ from torch.autograd.function import once_differentiable
 
 
 def _onednn() -> bool:
-    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+    if (
+        platform.machine().lower() not in ("x86_64", "amd64")
+        or not torch.backends.mkldnn.is_available()
+    ):
         return False
     try:
         x = torch.eye(2)
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""), x)
+        return torch.equal(
+            torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""), x
+        )
     except (AttributeError, RuntimeError):
         return False
 
@@ -28,9 +35,13 @@ _ONEDNN = _onednn()
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, x (..., I), weight (O, I) of one dtype; weight may be a transposed view."""
+    """x @ weight.T + bias, x (..., I), weight (O, I) of one dtype; weight may be a
+    transposed view.
+    """
     if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(
+            x.contiguous(), weight, bias, "none", [], ""
+        )
     return F.linear(x, weight, bias)
 
 
@@ -47,7 +58,9 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, frozen: weight (O, I), bias (O,); x (..., I) is cast to the weight's dtype."""
+    """x @ weight.T + bias, frozen: weight (O, I), bias (O,); x (..., I) is cast to the
+    weight's dtype.
+    """
     return _Linear.apply(x.to(weight.dtype), weight, bias)
 
 
@@ -86,19 +99,28 @@ def mlp(x: Tensor, module: nn.Module, kind: str) -> Tensor:
     Args:
         x (Tensor): (..., D), cast to the weights' dtype.
         module (nn.Module): holds `c_fc` and `c_proj`.
-        kind (str): "quick" for QuickGELU, "none" or "tanh" for GELU, exact or approximated.
+        kind (str): "quick" for QuickGELU, "none" or "tanh" for GELU, exact or
+            approximated.
 
     Returns:
         Tensor: (..., D) in the weights' dtype.
     """
     fc, proj = module.c_fc, module.c_proj
-    return _MLP.apply(x.to(fc.weight.dtype), fc.weight, fc.bias, proj.weight, proj.bias, kind)
+    return _MLP.apply(
+        x.to(fc.weight.dtype), fc.weight, fc.bias, proj.weight, proj.bias, kind
+    )
 
 
 def _heads(qkv: Tensor, c: int, heads: int) -> Tensor:
-    """(G, c T, 3D) -> (3, G, H, c, T, d): one copy, and all products that follow read contiguous blocks."""
+    """(G, c T, 3D) -> (3, G, H, c, T, d): one copy, and all products that follow read
+    contiguous blocks.
+    """
     G, rows, width = qkv.shape
-    return qkv.view(G, c, rows // c, 3, heads, width // (3 * heads)).permute(3, 0, 4, 1, 2, 5).contiguous()
+    return (
+        qkv.view(G, c, rows // c, 3, heads, width // (3 * heads))
+        .permute(3, 0, 4, 1, 2, 5)
+        .contiguous()
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -114,14 +136,17 @@ def _future(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _attend(qkv: Tensor, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple]:
-    """Causal attention of c sequences over themselves and over keys and values that they share.
+    """Causal attention of c sequences over themselves and over keys and values that
+    they share.
 
-    The scores against the shared keys are one matrix product a head for all sequences together, so nothing
-    shared is ever repeated, and the gradients of the shared keys are summed by that same product.
+    The scores against the shared keys are one matrix product a head for all sequences
+    together, so nothing shared is ever repeated, and the gradients of the shared keys
+    are summed by that same product.
 
     Args:
         qkv (Tensor): (3, G, H, c, T, d).
-        shared (tuple[Tensor, Tensor] | None): keys and values before the sequences, (G, H, P, d) each.
+        shared (tuple[Tensor, Tensor] | None): keys and values before the sequences, (G,
+            H, P, d) each.
 
     Returns:
         tuple[Tensor, tuple]: (G, H, c, T, d), and what `_attend_backward` needs.
@@ -129,12 +154,16 @@ def _attend(qkv: Tensor, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, 
     _, G, H, c, T, d = qkv.shape
     P = shared[0].shape[2] if shared else 0
     q, k, v = qkv.view(3, G * H * c, T, d).unbind(0)
-    own = torch.baddbmm(_future(T, q.dtype, q.device), q, k.transpose(1, 2), alpha=d**-0.5)  # (GHc, T, T)
+    own = torch.baddbmm(
+        _future(T, q.dtype, q.device), q, k.transpose(1, 2), alpha=d**-0.5
+    )  # (GHc, T, T)
     if not P:
         probs = torch.softmax(own, dim=-1, dtype=torch.float32).to(q.dtype)
         return torch.bmm(probs, v).view(G, H, c, T, d), (qkv, probs)
     kp, vp = (x.reshape(G * H, P, d) for x in shared)
-    before = torch.bmm(q.view(G * H, c * T, d), kp.transpose(1, 2)).mul_(d**-0.5)  # (GH, cT, P)
+    before = torch.bmm(q.view(G * H, c * T, d), kp.transpose(1, 2)).mul_(
+        d**-0.5
+    )  # (GH, cT, P)
     scores = torch.cat([before.view(-1, T, P), own], dim=-1)  # (GHc, T, P+T)
     probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     own, before = probs[..., P:], probs.view(G * H, c * T, P + T)[..., :P]
@@ -142,15 +171,20 @@ def _attend(qkv: Tensor, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, 
     return out.view(G, H, c, T, d), (qkv, own, before, kp, vp)
 
 
-def _attend_backward(grad: Tensor, qkv, own, before=None, kp=None, vp=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv and of the shared keys and values, given grad (G, H, c, T, d)."""
+def _attend_backward(
+    grad: Tensor, qkv, own, before=None, kp=None, vp=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv and of the shared keys and values, given grad (G, H, c, T,
+    d).
+    """
     _, G, H, c, T, d = qkv.shape
     scale = d**-0.5
     q, k, v = qkv.view(3, G * H * c, T, d).unbind(0)
     grads = torch.empty_like(qkv)
     dq, dk, dv = grads.view(3, G * H * c, T, d).unbind(0)
     grad = grad.reshape(-1, T, d)
-    # Softmax: dS = P * (dP - sum(P * dP)), the sum over what comes before and the sequence's own.
+    # Softmax: dS = P * (dP - sum(P * dP)), the sum over what comes before and the
+    # sequence's own.
     ds = torch.bmm(grad, v.transpose(1, 2)).mul_(own)  # (GHc, T, T)
     total = ds.sum(-1, keepdim=True)  # (GHc, T, 1)
     dkp = dvp = None
@@ -163,7 +197,9 @@ def _attend_backward(grad: Tensor, qkv, own, before=None, kp=None, vp=None) -> t
         total += ds_b.sum(-1).view(-1, T, 1)
         ds.addcmul_(own, total, value=-1)
         ds_b.addcmul_(before, total.view(G * H, c * T, 1), value=-1)
-        torch.baddbmm(torch.bmm(ds_b, kp).view(-1, T, d), ds, k, beta=scale, alpha=scale, out=dq)
+        torch.baddbmm(
+            torch.bmm(ds_b, kp).view(-1, T, d), ds, k, beta=scale, alpha=scale, out=dq
+        )
         dkp = torch.bmm(ds_b.transpose(1, 2), q_b).mul_(scale).view(G, H, -1, d)
         dvp = torch.bmm(before.transpose(1, 2), grad_b).view(G, H, -1, d)
     torch.bmm(ds.transpose(1, 2), q, out=dk).mul_(scale)
@@ -175,7 +211,9 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, prefix_k, prefix_v):
         G, c, T, D = qkv.shape
-        out, saved = _attend(_heads(qkv.flatten(1, 2), c, prefix_k.shape[1]), (prefix_k, prefix_v))
+        out, saved = _attend(
+            _heads(qkv.flatten(1, 2), c, prefix_k.shape[1]), (prefix_k, prefix_v)
+        )
         ctx.save_for_backward(*saved)
         return _rows(out).view(G, c, T, D // 3)
 
@@ -190,7 +228,8 @@ class _PrefixAttention(torch.autograd.Function):
 
 
 def prefix_attention(qkv: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    """Causal multi-head attention of c sequences over a prefix that they share and over themselves.
+    """Causal multi-head attention of c sequences over a prefix that they share and over
+    themselves.
 
     Args:
         qkv (Tensor): (G, c, T, 3D), queries, keys and values of the sequences.
@@ -213,7 +252,10 @@ class _PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(*saved_p, *saved_c)
         ctx.pad, ctx.keep = pad, keep
         out_c = _rows(out_c)
-        return torch.cat([_rows(out_p), out_c if keep is None else out_c.index_select(1, keep)], dim=1)
+        return torch.cat(
+            [_rows(out_p), out_c if keep is None else out_c.index_select(1, keep)],
+            dim=1,
+        )
 
     @staticmethod
     @once_differentiable
@@ -233,23 +275,34 @@ class _PackedAttention(torch.autograd.Function):
         prefix = prefix.permute(1, 3, 4, 0, 2, 5).reshape(G, P, 3 * D)
         own = own.permute(1, 3, 4, 0, 2, 5).reshape(G, c * T, 3 * D)
         # A padded position has no gradient: nothing that is read attends to it.
-        grads = torch.cat([prefix, own if keep is None else own.index_select(1, keep)], dim=1)
+        grads = torch.cat(
+            [prefix, own if keep is None else own.index_select(1, keep)], dim=1
+        )
         return grads, None, None, None, None, None
 
 
 def packed_attention(
-    qkv: Tensor, heads: int, prefix: int, classes: int, pad: Tensor | None, keep: Tensor | None
+    qkv: Tensor,
+    heads: int,
+    prefix: int,
+    classes: int,
+    pad: Tensor | None,
+    keep: Tensor | None,
 ) -> Tensor:
-    """`prefix_attention` of rows without padding, together with the causal attention of the prefix itself.
+    """`prefix_attention` of rows without padding, together with the causal attention of
+    the prefix itself.
 
     Args:
-        qkv (Tensor): (G, P + R, 3D): the rows of the prefix, then those of all sequences one after another.
+        qkv (Tensor): (G, P + R, 3D): the rows of the prefix, then those of all
+            sequences one after another.
         heads (int): H.
         prefix (int): P.
         classes (int): c, the number of sequences.
-        pad (Tensor | None): (c T,) the row of every position of the padded sequences, counted from the
-            prefix's first; any row for padding. None when all sequences have length T.
-        keep (Tensor | None): (R,) the position of every row among the padded sequences; None likewise.
+        pad (Tensor | None): (c T,) the row of every position of the padded sequences,
+            counted from the prefix's first; any row for padding. None when all
+            sequences have length T.
+        keep (Tensor | None): (R,) the position of every row among the padded sequences;
+            None likewise.
 
     Returns:
         Tensor: (G, P + R, D), heads side by side, before the output projection.

@@ -1,7 +1,9 @@
-"""The embedded mini CLIPs: open_clip models of a few megabytes, read from the package's own assets.
+"""The embedded mini CLIPs: open_clip models of a few megabytes, read from the package's
+own assets.
 
-A CLIP vocabulary has 49408 rows, pre-training on the mini world touches some three thousand. The file holds those rows
-and their numbers; every other row is drawn from a fixed generator, the same on every machine.
+A CLIP vocabulary has 49408 rows, pre-training on the mini world touches some three
+thousand. The file holds those rows and their numbers; every other row is drawn from a
+fixed generator, the same on every machine.
 """
 
 import json
@@ -20,22 +22,33 @@ VOCABULARY = 49408
 
 
 def untouched_rows(width: int) -> torch.Tensor:
-    """What pre-training never saw: (VOCABULARY, width) float32, N(0, 0.02) from numpy's Philox generator."""
+    """What pre-training never saw: (VOCABULARY, width) float32, N(0, 0.02) from numpy's
+    Philox generator.
+    """
     rng = np.random.Generator(np.random.Philox(key=20210301))
-    return torch.from_numpy(rng.standard_normal((VOCABULARY, width), dtype=np.float32) * np.float32(0.02))
+    return torch.from_numpy(
+        rng.standard_normal((VOCABULARY, width), dtype=np.float32) * np.float32(0.02)
+    )
 
 
 def export(model, rows: np.ndarray, record: dict, path) -> Path:
-    """Write a model trained on the compact vocabulary `rows` (float16) and, as JSON beside it, how it was made."""
+    """Write a model trained on the compact vocabulary `rows` (float16) and, as JSON
+    beside it, how it was made.
+    """
     from safetensors.torch import save
 
     state = {
-        name: p.detach().cpu().half().contiguous() for name, p in model.state_dict().items() if name != "attn_mask"
+        name: p.detach().cpu().half().contiguous()
+        for name, p in model.state_dict().items()
+        if name != "attn_mask"
     }
     state["token_embedding.rows"] = torch.from_numpy(rows.astype(np.int32))
     path = Path(path)
     write_atomically(path, lambda f: f.write(save(state)))
-    write_atomically(path.with_suffix(".json"), lambda f: f.write(json.dumps(record, indent=1).encode()))
+    write_atomically(
+        path.with_suffix(".json"),
+        lambda f: f.write(json.dumps(record, indent=1).encode()),
+    )
     return path
 
 
@@ -61,7 +74,10 @@ def build(name: str, path=None):
     if not path.is_file():
         raise InputError(f"the weights {path} are missing: {remedy}")
     try:
-        state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+        state = {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in load_file(path).items()
+        }
         rows = state.pop("token_embedding.rows").long()
         record = json.loads(path.with_suffix(".json").read_text())
         config = record["recipe"]["model"]
@@ -70,5 +86,7 @@ def build(name: str, path=None):
         model = CLIP(**config)
         model.load_state_dict(state | {"token_embedding.weight": table})
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise InputError(f"the weights {path} are damaged ({str(error).splitlines()[0]}): {remedy}") from error
+        raise InputError(
+            f"the weights {path} are damaged ({str(error).splitlines()[0]}): {remedy}"
+        ) from error
     return model

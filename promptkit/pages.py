@@ -1,4 +1,6 @@
-"""Pages of the book that are made from stored runs: the leaderboard and the collected claims."""
+"""Pages of the book that are made from stored runs: the leaderboard and the collected
+claims.
+"""
 
 import json
 import re
@@ -44,10 +46,14 @@ COMPARED = [
 WHERE = {"base": "on base classes", "new": "on new classes", "hm": "in harmonic mean"}
 
 
-def equal_host(plugin: str, protocol="base-to-new", dataset="sat", shots=16, profile="mini") -> tuple[str, dict]:
-    """A plug-in's host, trained by the plug-in's recipe: its name and overrides, as ``sweep`` takes them.
+def equal_host(
+    plugin: str, protocol="base-to-new", dataset="sat", shots=16, profile="mini"
+) -> tuple[str, dict]:
+    """A plug-in's host, trained by the plug-in's recipe: its name and overrides, as
+    ``sweep`` takes them.
 
-    Papers compare a plug-in with its host at equal settings, which are not always the host's own.
+    Papers compare a plug-in with its host at equal settings, which are not always the
+    host's own.
     """
     setting, host = Setting(protocol, dataset, shots, profile), parse(plugin)[1]
     plan, own = recipe(plugin, setting), recipe(host, setting)
@@ -55,72 +61,109 @@ def equal_host(plugin: str, protocol="base-to-new", dataset="sat", shots=16, pro
     wanted, had = check(plan.hparams["host"]), check(own.hparams)
     changed = {key: value for key, value in wanted.items() if value != had[key]}
     fields = {key: getattr(plan, key) for key in ("epochs", "lr", "batch_size")}
-    return host, changed | {key: value for key, value in fields.items() if value != getattr(own, key)}
+    return host, changed | {
+        key: value for key, value in fields.items() if value != getattr(own, key)
+    }
 
 
 def compared(runs: pd.DataFrame, method: str = "", profile="mini") -> list[Claim]:
     """What the papers say of each other's methods, decided by averages over the tasks.
 
     Args:
-        runs: base-to-new rows, such as :func:`promptkit.results.mini_runs`. What they lack is left out.
-        method: only what is said of this one, by its name; "dept" is about all of its hosts.
-        profile: of the runs; a host is compared with its plug-in at equal settings, which depend on it.
+        runs: base-to-new rows, such as :func:`promptkit.results.mini_runs`. What they
+            lack is left out.
+        method: only what is said of this one, by its name; "dept" is about all of its
+            hosts.
+        profile: of the runs; a host is compared with its plug-in at equal settings,
+            which depend on it.
     """
     known = set(label(runs))
-    rows = [(f"{title(a)} is {way} {title(b)} {WHERE[split]}.", a, b, split, way) for a, way, b, split in COMPARED]
+    rows = [
+        (f"{title(a)} is {way} {title(b)} {WHERE[split]}.", a, b, split, way)
+        for a, way, b, split in COMPARED
+    ]
     rows += [
-        (f"DePT raises {title(parse(plugin)[1])} {where}, at equal settings.", plugin, host, split, "above")
+        (
+            f"DePT raises {title(parse(plugin)[1])} {where}, at equal settings.",
+            plugin,
+            host,
+            split,
+            "above",
+        )
         for host, plugin in _pairs(runs, profile)
         for split, where in WHERE.items()
     ]
     return [
-        check_claim(text, differences(runs, a, b, split, average=True) * (1 if way == "above" else -1))
+        check_claim(
+            text,
+            differences(runs, a, b, split, average=True)
+            * (1 if way == "above" else -1),
+        )
         for text, a, b, split, way in rows
         if {a, b} <= known and method in ("", a.partition("(")[0])
     ]
 
 
 def _pairs(runs, profile):
-    """(host at the plug-in's settings, plug-in) as the labels of runs that hold both."""
+    """(host at the plug-in's settings, plug-in) as the labels of runs that hold
+    both.
+    """
     known = set(label(runs))
-    for plugin in sorted(name for name in known if name.startswith("dept(") and " | " not in name):
+    for plugin in sorted(
+        name for name in known if name.startswith("dept(") and " | " not in name
+    ):
         host, overrides = equal_host(plugin, profile=profile)
-        options = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
+        options = ", ".join(
+            f"{key}={value}" for key, value in sorted(overrides.items())
+        )
         host = f"{host} | {options}" if options else host
         if host in known:
             yield host, plugin
 
 
 def leaderboard(folder="book", results=None, profile="mini", table=None) -> Path:
-    """Write ``leaderboard.md`` and its figure into a folder, from the stored base-to-new runs of a profile.
+    """Write ``leaderboard.md`` and its figure into a folder, from the stored
+    base-to-new runs of a profile.
 
-    Only methods that were measured on all the datasets and seeds that any was are ranked.
+    Only methods that were measured on all the datasets and seeds that any was are
+    ranked.
 
     Args:
         folder, results: of the book's pages; of the stored runs.
-        table: CSV file for the ranked rows, which :func:`promptkit.results.mini_runs` reads; None: no file.
+        table: CSV file for the ranked rows, which :func:`promptkit.results.mini_runs`
+            reads; None: no file.
 
     Raises:
         InputError: there are no such runs.
     """
     runs = load_results(results, protocol="base-to-new", profile=profile)
     if not len(runs):
-        raise InputError(f"no base-to-new runs of profile {profile} in {results_dir(results)}: make some first")
+        raise InputError(
+            f"no base-to-new runs of profile {profile} in {results_dir(results)}: make"
+            " some first"
+        )
     runs = runs.assign(label=label(runs))
     tasks = runs["dataset"].nunique()
     seeds = runs.loc[runs["seed"] > 0, "seed"].nunique()
-    size = runs.groupby("label").apply(lambda part: len(part[["dataset", "seed"]].drop_duplicates()))
+    size = runs.groupby("label").apply(
+        lambda part: len(part[["dataset", "seed"]].drop_duplicates())
+    )
     unseeded = runs.groupby("label")["seed"].max() == 0
     whole = size[(size == tasks * seeds) | (unseeded & (size == tasks))].index
     ranked = runs[runs["label"].isin(whole)]
     if table is not None:
-        rows = ranked.sort_values([*IDENTITY])[[*IDENTITY, "value"]].to_csv(index=False, float_format="%.4f")
+        rows = ranked.sort_values([*IDENTITY])[[*IDENTITY, "value"]].to_csv(
+            index=False, float_format="%.4f"
+        )
         write_atomically(table, lambda file: file.write(rows.encode()))
     with plt.rc_context({"svg.hashsalt": "promptkit"}):
         names = {name: _shown(name) for name in whole}
         figure = base_new_plane(ranked, list(_pairs(ranked, profile)), names)
         image = Path(folder) / "_static" / "leaderboard.svg"
-        write_atomically(image, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
+        write_atomically(
+            image,
+            lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
+        )
         plt.close(figure)
     text = f"""# Leaderboard
 
@@ -156,35 +199,61 @@ promptkit pages
 
 All of them take an hour or two on two cores; what is stored is not run again. The last writes this page.
 """
-    return write_atomically(Path(folder) / "leaderboard.md", lambda file: file.write(text.encode()))
+    return write_atomically(
+        Path(folder) / "leaderboard.md", lambda file: file.write(text.encode())
+    )
 
 
 def _commands(runs) -> str:
-    """What makes these runs, a line a command: the methods as they are, then each with options of its own."""
-    shared = f"--data all --seeds {','.join(str(s) for s in sorted(set(runs['seed'])) if s)}"
-    settings = runs[["method", "options"]].fillna("").drop_duplicates().sort_values(["method", "options"])
+    """What makes these runs, a line a command: the methods as they are, then each with
+    options of its own.
+    """
+    shared = (
+        f"--data all --seeds {','.join(str(s) for s in sorted(set(runs['seed'])) if s)}"
+    )
+    settings = (
+        runs[["method", "options"]]
+        .fillna("")
+        .drop_duplicates()
+        .sort_values(["method", "options"])
+    )
     plain = ",".join(settings.loc[settings["options"] == "", "method"])
-    lines = [f'promptkit reproduce --benchmark --protocols base-to-new {shared} --methods "{plain}"']
+    lines = [
+        f"promptkit reproduce --benchmark --protocols base-to-new {shared} --methods"
+        f' "{plain}"'
+    ]
     for method, options in settings[settings["options"] != ""].itertuples(index=False):
-        sets = [f'--set "{key}={value}"' for key, value in re.findall(r"(\w+)=(.*?)(?=, \w+=|$)", options)]
-        lines.append(" ".join(["promptkit run", method, "--protocol base-to-new", shared, *sets]))
+        sets = [
+            f'--set "{key}={value}"'
+            for key, value in re.findall(r"(\w+)=(.*?)(?=, \w+=|$)", options)
+        ]
+        lines.append(
+            " ".join(["promptkit run", method, "--protocol base-to-new", shared, *sets])
+        )
     return "\n".join(lines)
 
 
 def claims(folder="book", results=None) -> Path:
-    """Write ``claims.md`` into a folder: every chapter's claims with their verdicts, as the chapters stored them.
+    """Write ``claims.md`` into a folder: every chapter's claims with their verdicts, as
+    the chapters stored them.
 
     Raises:
         InputError: no chapter has stored any.
     """
     found = load_claims(results)
     if not found:
-        raise InputError(f"no claims in {results_dir(results)}: execute the chapters first (promptkit reproduce)")
+        raise InputError(
+            f"no claims in {results_dir(results)}: execute the chapters first"
+            " (promptkit reproduce)"
+        )
     every = [claim for claims in found.values() for claim in claims]
     counts = pd.Series([claim.verdict for claim in every]).value_counts()
-    summary = ", ".join(f"{counts.get(verdict, 0)} {words}" for verdict, words in VERDICTS.items())
+    summary = ", ".join(
+        f"{counts.get(verdict, 0)} {words}" for verdict, words in VERDICTS.items()
+    )
     parts = "\n\n".join(
-        f"## {_heading(folder, chapter)}\n\nFrom {{doc}}`/notebooks/{chapter}`.\n\n{_claims(claims)}"
+        f"## {_heading(folder, chapter)}\n\nFrom"
+        f" {{doc}}`/notebooks/{chapter}`.\n\n{_claims(claims)}"
         for chapter, claims in found.items()
     )
     text = f"""# Claims
@@ -196,15 +265,21 @@ and the chapters look for the reason.
 
 {parts}
 """
-    return write_atomically(Path(folder) / "claims.md", lambda file: file.write(text.encode()))
+    return write_atomically(
+        Path(folder) / "claims.md", lambda file: file.write(text.encode())
+    )
 
 
 def _heading(folder, chapter) -> str:
-    """What a chapter beside the folder of the book's pages is about: its title up to the colon, else its name."""
+    """What a chapter beside the folder of the book's pages is about: its title up to
+    the colon, else its name.
+    """
     notebook = Path(folder).resolve().parent / "notebooks" / f"{chapter}.ipynb"
     if not notebook.exists():
         return chapter
-    first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+    first = "".join(
+        json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+    )
     return first.splitlines()[0].lstrip("# ").partition(":")[0]
 
 
@@ -218,28 +293,46 @@ def title(spec: str) -> str:
 
 
 def _ranking(summary) -> str:
-    average = summary[(summary["dataset"] == "average") & summary["split"].isin(["base", "new", "hm"])]
-    reported = paper_numbers(protocol="base-to-new", dataset="average", metric="hm", backbone="ViT-B/16")
+    average = summary[
+        (summary["dataset"] == "average") & summary["split"].isin(["base", "new", "hm"])
+    ]
+    reported = paper_numbers(
+        protocol="base-to-new", dataset="average", metric="hm", backbone="ViT-B/16"
+    )
     rows = []
     for name, part in average.assign(label=label(average)).groupby("label", sort=False):
         cells = part.set_index("split")
         method, _, options = name.partition(" | ")
         paper = methods()[parse(method)[0]].paper
-        own = reported[(reported["method"] == method) & (reported["paper"] == paper)]["value"]
+        own = reported[(reported["method"] == method) & (reported["paper"] == paper)][
+            "value"
+        ]
         other = reported[reported["method"] == method]["value"]
-        texts = [f"{cells.loc[s, 'mean']:.1f}{_half(cells.loc[s])}" for s in ("base", "new", "hm")]
+        texts = [
+            f"{cells.loc[s, 'mean']:.1f}{_half(cells.loc[s])}"
+            for s in ("base", "new", "hm")
+        ]
         value = own if len(own) else other
         shown = f"{value.iloc[0]:.2f}" if len(value) and not options else ""
         rows.append((cells.loc["hm", "mean"], [_shown(name), *texts, shown]))
     rows.sort(key=lambda row: -row[0])
-    lines = ["| method | base | new | harmonic mean | reported |", "| --- | --: | --: | --: | --: |"]
+    lines = [
+        "| method | base | new | harmonic mean | reported |",
+        "| --- | --: | --: | --: | --: |",
+    ]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for _, cells in rows)])
 
 
 def _shown(name) -> str:
-    """What page and figure call a label: zero-shot CLIP with its template, a host with a star."""
+    """What page and figure call a label: zero-shot CLIP with its template, a host with
+    a star.
+    """
     method, _, options = name.partition(" | ")
-    template = f", “{options.removeprefix('template=')}”" if method == "clip" and options else ""
+    template = (
+        f", “{options.removeprefix('template=')}”"
+        if method == "clip" and options
+        else ""
+    )
     return title(method) + (template or "*" * bool(options))
 
 
@@ -250,4 +343,6 @@ def _half(cell) -> str:
 
 def _claims(claims: list[Claim]) -> str:
     lines = ["| claim | measured | verdict |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {c.text} | {c.measured()} | **{c.verdict}** |" for c in claims)])
+    return "\n".join(
+        [*lines, *(f"| {c.text} | {c.measured()} | **{c.verdict}** |" for c in claims)]
+    )

@@ -1,4 +1,6 @@
-"""The figures of the chapters; they read in black and white: markers, line styles and hatches beside hues."""
+"""The figures of the chapters; they read in black and white: markers, line styles and
+hatches beside hues.
+"""
 
 import re
 from contextlib import contextmanager
@@ -17,29 +19,46 @@ MARKERS = "o s ^ D v P X <".split()
 LINES = ["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1))]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
 PROBE = "linear-probe"
-SPLITS = {"base": "base classes", "new": "new classes", "hm": "harmonic mean", "all": "all classes"}
+SPLITS = {
+    "base": "base classes",
+    "new": "new classes",
+    "hm": "harmonic mean",
+    "all": "all classes",
+}
 
 
 @contextmanager
 def style():
-    """The look of every figure, as a context; nothing leaks into the caller's settings."""
-    # Notebooks choose their backend when it is first needed and become interactive then; were that to happen
-    # below, leaving the context would undo it and later figures would not be shown.
+    """The look of every figure, as a context; nothing leaks into the caller's
+    settings.
+    """
+    # Notebooks choose their backend when it is first needed and become interactive
+    # then; were that to happen below, leaving the context would undo it and later
+    # figures would not be shown.
     plt.switch_backend(plt.get_backend())
     with (
         sns.axes_style("whitegrid"),
         sns.plotting_context("notebook", font_scale=0.8),
         sns.color_palette("colorblind"),
     ):
-        with plt.rc_context({"legend.frameon": True, "hatch.linewidth": 0.6, "savefig.bbox": "tight"}):
+        with plt.rc_context(
+            {"legend.frameon": True, "hatch.linewidth": 0.6, "savefig.bbox": "tight"}
+        ):
             yield
 
 
-def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=None, columns=3, level=0.95):
+def few_shot_curves(
+    runs: pd.DataFrame,
+    zero_shot="clip",
+    datasets=None,
+    names=None,
+    columns=3,
+    level=0.95,
+):
     """Accuracy against shots: a panel for the average and one for each dataset.
 
-    A star at 0 shots marks the zero-shot method, dotted lines are linear probes, bars are intervals over
-    seeds.
+    A star at 0 shots marks the zero-shot method, dotted lines are linear probes, bars
+    are intervals over seeds.
 
     Args:
         runs: tidy rows of the few-shot protocol.
@@ -58,7 +77,13 @@ def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=N
     with style():
         rows = -(-len(panels) // columns)
         size = (3.1 * min(columns, len(panels)), 2.5 * rows + 0.5)
-        figure, axes = plt.subplots(rows, min(columns, len(panels)), figsize=size, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            rows,
+            min(columns, len(panels)),
+            figsize=size,
+            squeeze=False,
+            layout="constrained",
+        )
         colours = sns.color_palette("colorblind", len(methods))
         for axis, panel in zip(axes.flat, panels, strict=False):
             cells = table[(table["dataset"] == panel) & (table["split"] == "all")]
@@ -84,7 +109,10 @@ def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=N
                     clip_on=False,
                     zorder=5,
                 )
-            axis.set_title(_panel_title(panel, cells), fontweight="bold" if panel == "average" else "normal")
+            axis.set_title(
+                _panel_title(panel, cells),
+                fontweight="bold" if panel == "average" else "normal",
+            )
             axis.set_xticks(sorted({0, *cells["shots"]}))
             axis.set_xlabel("training images a class (shots)")
             axis.set_ylabel("test accuracy (%)")
@@ -95,12 +123,14 @@ def few_shot_curves(runs: pd.DataFrame, zero_shot="clip", datasets=None, names=N
 
 
 def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95):
-    """Base, new and harmonic mean of each method side by side, with intervals over seeds and their numbers.
+    """Base, new and harmonic mean of each method side by side, with intervals over
+    seeds and their numbers.
 
     Args:
         runs: tidy rows of the base-to-new protocol.
         dataset: one dataset's name or "average".
-        names: dict from method (or "method | options") to what the axis calls it, in the order of the bars.
+        names: dict from method (or "method | options") to what the axis calls it, in
+            the order of the bars.
     """
     table = _table(runs, "base-to-new", level)
     table = table[table["dataset"] == dataset]
@@ -110,7 +140,9 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
     methods = [name for name in names or () if name in measured]
     methods += [name for name in measured if name not in methods]
     with style():
-        figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(methods), 3.4), layout="constrained")
+        figure, axis = plt.subplots(
+            figsize=(1.6 + 1.5 * len(methods), 3.4), layout="constrained"
+        )
         shades = [sns.color_palette("colorblind")[i] for i in (0, 1, 7)]
         for i, split in enumerate(("base", "new", "hm")):
             cells = table[table["split"] == split].set_index("label").reindex(methods)
@@ -125,7 +157,15 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
                 hatch=HATCHES[i],
                 label=SPLITS[split],
             )
-            axis.errorbar(x, cells["mean"], yerr=_errors(cells), fmt="none", ecolor="black", capsize=3, linewidth=1)
+            axis.errorbar(
+                x,
+                cells["mean"],
+                yerr=_errors(cells),
+                fmt="none",
+                ecolor="black",
+                capsize=3,
+                linewidth=1,
+            )
             top = cells["mean"].where(cells["high"].isna(), cells["high"])
             for at, height, value in zip(x, top, cells["mean"], strict=True):
                 if np.isfinite(value):
@@ -138,7 +178,9 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
                         fontsize=8,
                     )
         axis.set_ylim(0, 108)  # bars compare by their length, so they start at 0
-        axis.set_xticks(np.arange(len(methods)), [(names or {}).get(name, name) for name in methods])
+        axis.set_xticks(
+            np.arange(len(methods)), [(names or {}).get(name, name) for name in methods]
+        )
         axis.set_ylabel("test accuracy (%)")
         axis.set_title(_panel_title(dataset, table))
         axis.grid(axis="x", visible=False)
@@ -146,8 +188,11 @@ def base_new_bars(runs: pd.DataFrame, dataset="average", names=None, level=0.95)
     return figure
 
 
-def difference_bars(runs: pd.DataFrame, a: str, b: str, splits=("base", "new"), names=None, level=0.95):
-    """What ``a`` gains or loses against ``b``, task by task, sorted; bars are intervals over seeds.
+def difference_bars(
+    runs: pd.DataFrame, a: str, b: str, splits=("base", "new"), names=None, level=0.95
+):
+    """What ``a`` gains or loses against ``b``, task by task, sorted; bars are intervals
+    over seeds.
 
     Args:
         runs: tidy rows of one protocol.
@@ -158,17 +203,44 @@ def difference_bars(runs: pd.DataFrame, a: str, b: str, splits=("base", "new"), 
     first, second = ((names or {}).get(name, name) for name in (a, b))
     with style():
         figure, axes = plt.subplots(
-            1, len(splits), figsize=(4.2 * len(splits), 3.4), squeeze=False, layout="constrained"
+            1,
+            len(splits),
+            figsize=(4.2 * len(splits), 3.4),
+            squeeze=False,
+            layout="constrained",
         )
         for axis, split in zip(axes.flat, splits, strict=True):
             by_task = differences(runs, a, b, split).groupby("target")
-            cells = pd.DataFrame([interval(values, level) for _, values in by_task], list(by_task.groups))
+            cells = pd.DataFrame(
+                [interval(values, level) for _, values in by_task], list(by_task.groups)
+            )
             cells = cells.set_axis(["mean", "low", "high"], axis=1).sort_values("mean")
             shade = sns.color_palette("colorblind")[0]
-            axis.barh(cells.index, cells["mean"], color=shade, alpha=0.6, edgecolor="black", height=0.7)
-            axis.errorbar(cells["mean"], cells.index, xerr=_errors(cells), fmt="none", ecolor="black", capsize=2, lw=1)
+            axis.barh(
+                cells.index,
+                cells["mean"],
+                color=shade,
+                alpha=0.6,
+                edgecolor="black",
+                height=0.7,
+            )
+            axis.errorbar(
+                cells["mean"],
+                cells.index,
+                xerr=_errors(cells),
+                fmt="none",
+                ecolor="black",
+                capsize=2,
+                lw=1,
+            )
             axis.axvline(0, color="black", linewidth=1)
-            axis.axvline(cells["mean"].mean(), color="black", linestyle=":", linewidth=1.2, label="average")
+            axis.axvline(
+                cells["mean"].mean(),
+                color="black",
+                linestyle=":",
+                linewidth=1.2,
+                label="average",
+            )
             axis.set_xlabel(f"{first} − {second} (points)")
             axis.set_title(SPLITS.get(split, split))
             axis.grid(axis="y", visible=False)
@@ -176,21 +248,29 @@ def difference_bars(runs: pd.DataFrame, a: str, b: str, splits=("base", "new"), 
     return figure
 
 
-def option_curves(runs: pd.DataFrame, option: str, default=None, xlabel=None, splits=None, level=0.95):
-    """Accuracy, averaged over tasks, against the values of an option that runs were given.
+def option_curves(
+    runs: pd.DataFrame, option: str, default=None, xlabel=None, splits=None, level=0.95
+):
+    """Accuracy, averaged over tasks, against the values of an option that runs were
+    given.
 
     Args:
         runs: tidy rows of one method and protocol.
-        option: name of a hyperparameter or of a field of the recipe, as it was given in the runs' overrides.
+        option: name of a hyperparameter or of a field of the recipe, as it was given in
+            the runs' overrides.
         default: the value of runs to which it was not given; they are left out if None.
         xlabel: its name on the axis.
         splits: the curves; all that the protocol has by default.
     """
     table = summarise(runs, level)
-    panel = "average" if "average" in set(table["dataset"]) else table["dataset"].iloc[0]
+    panel = (
+        "average" if "average" in set(table["dataset"]) else table["dataset"].iloc[0]
+    )
     table = table[table["dataset"] == panel]
     given = table["options"].str.extract(rf"(?:^|, ){re.escape(option)}=([^,]*)")[0]
-    table = table.assign(at=pd.to_numeric(given.fillna(str(default)), errors="coerce")).dropna(subset="at")
+    table = table.assign(
+        at=pd.to_numeric(given.fillna(str(default)), errors="coerce")
+    ).dropna(subset="at")
     if not len(table):
         raise InputError(f"no runs were given the option {option!r}")
     splits = splits or [split for split in SPLITS if split in set(table["split"])]
@@ -210,30 +290,75 @@ def option_curves(runs: pd.DataFrame, option: str, default=None, xlabel=None, sp
 
 
 def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
-    """Methods as points, averaged over tasks: base accuracy across, new accuracy up; lines of equal harmonic mean.
+    """Methods as points, averaged over tasks: base accuracy across, new accuracy up;
+    lines of equal harmonic mean.
 
     Args:
         runs: tidy rows of the base-to-new protocol.
-        arrows: pairs of labels (from, to), "method" or "method | options", to join, such as a host and a plug-in.
+        arrows: pairs of labels (from, to), "method" or "method | options", to join,
+            such as a host and a plug-in.
         names: dict from label to what the figure calls it.
     """
     table = _table(runs, "base-to-new", 0.95).query("dataset == 'average'")
-    points = table.pivot_table(index="label", columns="split", values="mean", sort=False)
+    points = table.pivot_table(
+        index="label", columns="split", values="mean", sort=False
+    )
     with style():
-        figure, axis = plt.subplots(figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2), layout="constrained")
-        looks, texts = zip(points.iterrows(), cycle(sns.color_palette("colorblind")), cycle(MARKERS)), []
+        figure, axis = plt.subplots(
+            figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2), layout="constrained"
+        )
+        looks, texts = (
+            zip(
+                points.iterrows(),
+                cycle(sns.color_palette("colorblind")),
+                cycle(MARKERS),
+            ),
+            [],
+        )
         for (name, at), colour, marker in looks:
-            axis.plot(at["base"], at["new"], marker, color=colour, markeredgecolor="black", markersize=8)
-            where = {"xy": (at["base"], at["new"]), "textcoords": "offset points", "fontsize": 8}
-            texts.append(axis.annotate((names or {}).get(name, name), xytext=(6, 4), **where))
+            axis.plot(
+                at["base"],
+                at["new"],
+                marker,
+                color=colour,
+                markeredgecolor="black",
+                markersize=8,
+            )
+            where = {
+                "xy": (at["base"], at["new"]),
+                "textcoords": "offset points",
+                "fontsize": 8,
+            }
+            texts.append(
+                axis.annotate((names or {}).get(name, name), xytext=(6, 4), **where)
+            )
         for start, end in arrows:
-            tail, head = points.loc[start, ["base", "new"]], points.loc[end, ["base", "new"]]
-            look = {"arrowstyle": "->", "color": "0.3", "shrinkA": 6, "shrinkB": 6, "lw": 1.2}
+            tail, head = (
+                points.loc[start, ["base", "new"]],
+                points.loc[end, ["base", "new"]],
+            )
+            look = {
+                "arrowstyle": "->",
+                "color": "0.3",
+                "shrinkA": 6,
+                "shrinkB": 6,
+                "lw": 1.2,
+            }
             axis.annotate("", head, tail, arrowprops=look)
         axis.margins(0.18)
         limits = axis.get_xlim(), axis.get_ylim()
-        base, new = np.meshgrid(np.linspace(*limits[0], 60), np.linspace(*limits[1], 60))
-        lines = axis.contour(base, new, harmonic_mean(base, new), 6, colors="grey", linewidths=0.6, linestyles=":")
+        base, new = np.meshgrid(
+            np.linspace(*limits[0], 60), np.linspace(*limits[1], 60)
+        )
+        lines = axis.contour(
+            base,
+            new,
+            harmonic_mean(base, new),
+            6,
+            colors="grey",
+            linewidths=0.6,
+            linestyles=":",
+        )
         axis.clabel(lines, fmt="H = %.0f", fontsize=7)
         axis.set_xlabel("accuracy on base classes (%)")
         axis.set_ylabel("accuracy on new classes (%)")
@@ -243,15 +368,26 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
 
 
 def _spread(texts):
-    """Put each label on that side of its point where it covers no point and no label before it."""
+    """Put each label on that side of its point where it covers no point and no label
+    before it.
+    """
     figure = texts[0].figure
     figure.draw_without_rendering()
     pixel = figure.dpi / 72
     places = [text.axes.transData.transform(text.xy) for text in texts]
     taken = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
     for text in texts:
-        for x, y in ((6, 4), (6, -11), (-6, 4), (-6, -11), (6, 4)):  # the last where no side is free
-            text.set_position((x, y)), text.set_horizontalalignment("left" if x > 0 else "right")
+        for x, y in (
+            (6, 4),
+            (6, -11),
+            (-6, 4),
+            (-6, -11),
+            (6, 4),
+        ):  # the last where no side is free
+            (
+                text.set_position((x, y)),
+                text.set_horizontalalignment("left" if x > 0 else "right"),
+            )
             box = text.get_window_extent()
             if not any(box.overlaps(other) for other in taken):
                 break
@@ -262,13 +398,19 @@ def image_grid(images, titles=None, columns=8, size=1.2):
     """Images in rows.
 
     Args:
-        images: (n, 3, H, W) uint8 tensor or array, or a list of n images (3, H, W) of any sizes.
+        images: (n, 3, H, W) uint8 tensor or array, or a list of n images (3, H, W) of
+            any sizes.
         titles: n texts, or None.
     """
     images = [np.asarray(image) for image in images]
-    wrong = next((image.shape for image in images if image.ndim != 3 or image.shape[0] != 3), None)
+    wrong = next(
+        (image.shape for image in images if image.ndim != 3 or image.shape[0] != 3),
+        None,
+    )
     if wrong or not images:
-        raise InputError(f"an image grid takes images (3, H, W), one or more, not {wrong or 'none'}")
+        raise InputError(
+            f"an image grid takes images (3, H, W), one or more, not {wrong or 'none'}"
+        )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     with style():
@@ -295,8 +437,14 @@ def loss_curve(losses, xlabel="step", ylabel="loss (nats)", smooth=1):
     curves = losses if isinstance(losses, dict) else {"": losses}
     with style():
         figure, axis = plt.subplots(figsize=(5, 2.8), layout="constrained")
-        for (name, values), line, marker in zip(curves.items(), cycle(LINES), cycle(MARKERS)):
-            values = pd.Series(np.asarray(values, float)).rolling(smooth, min_periods=1).mean()
+        for (name, values), line, marker in zip(
+            curves.items(), cycle(LINES), cycle(MARKERS)
+        ):
+            values = (
+                pd.Series(np.asarray(values, float))
+                .rolling(smooth, min_periods=1)
+                .mean()
+            )
             every = max(1, len(values) // 8)
             axis.plot(
                 values.index + 1,
@@ -315,16 +463,23 @@ def loss_curve(losses, xlabel="step", ylabel="loss (nats)", smooth=1):
 
 
 def similarity_map(matrix, rows, columns, title="", unit="cosine similarity", digits=2):
-    """A heat map with its numbers written in, e.g. of image features against class names.
+    """A heat map with its numbers written in, e.g. of image features against class
+    names.
 
     Args:
         matrix: (R, C) numbers; rows, columns: R and C labels.
     """
     matrix = np.asarray(matrix, float)
     if matrix.shape != (len(rows), len(columns)):
-        raise InputError(f"{matrix.shape} similarities do not match {len(rows)} rows and {len(columns)} columns")
+        raise InputError(
+            f"{matrix.shape} similarities do not match {len(rows)} rows and"
+            f" {len(columns)} columns"
+        )
     with style():
-        figure, axis = plt.subplots(figsize=(1.8 + 0.6 * len(columns), 1.2 + 0.38 * len(rows)), layout="constrained")
+        figure, axis = plt.subplots(
+            figsize=(1.8 + 0.6 * len(columns), 1.2 + 0.38 * len(rows)),
+            layout="constrained",
+        )
         sns.heatmap(
             matrix, annot=matrix.size <= 400, fmt=f".{digits}f", cmap="gray_r", xticklabels=columns,
             yticklabels=rows, linewidths=0.5, cbar_kws={"label": unit}, annot_kws={"fontsize": 7}, ax=axis,
@@ -345,13 +500,23 @@ def _table(runs, protocol, level):
 
 
 def _errors(cells):
-    """(2, n) distances from the mean to the ends of its interval; 0 where there is none."""
-    return np.nan_to_num(np.stack([cells["mean"] - cells["low"], cells["high"] - cells["mean"]])).clip(0)
+    """(2, n) distances from the mean to the ends of its interval; 0 where there is
+    none.
+    """
+    return np.nan_to_num(
+        np.stack([cells["mean"] - cells["low"], cells["high"] - cells["mean"]])
+    ).clip(0)
 
 
 def _panel_title(panel, cells):
     n = cells["datasets"].max()
-    return panel if panel != "average" else f"average of {n} datasets" if n > 1 else "one dataset"
+    return (
+        panel
+        if panel != "average"
+        else f"average of {n} datasets"
+        if n > 1
+        else "one dataset"
+    )
 
 
 def _legend_below(figure, axis):

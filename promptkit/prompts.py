@@ -1,7 +1,9 @@
-"""Prompts around class names: learned tokens, words and names in any order, as input of the text tower.
+"""Prompts around class names: learned tokens, words and names in any order, as input of
+the text tower.
 
-A prompt is an ordered list of segments. Positions follow from the segments' lengths in tokens, so names of
-different lengths need no padding inside the sentence, and the class name can stand anywhere.
+A prompt is an ordered list of segments. Positions follow from the segments' lengths in
+tokens, so names of different lengths need no padding inside the sentence, and the class
+name can stand anywhere.
 """
 
 from collections.abc import Sequence
@@ -19,56 +21,76 @@ POSITIONS = ("end", "middle", "front")
 
 
 class Template:
-    """The fixed part of a prompt for a list of classes; calling it with the learned tokens gives the prompt.
+    """The fixed part of a prompt for a list of classes; calling it with the learned
+    tokens gives the prompt.
 
-    Everything that follows from the names (tokens, positions, embeddings) is computed once, so that a
-    training step only concatenates or gathers.
+    Everything that follows from the names (tokens, positions, embeddings) is computed
+    once, so that a training step only concatenates or gathers.
 
     Args:
         clip (FrozenCLIP): whose tokens and embeddings these are.
         classnames (Sequence[str]): C names; underscores are read as spaces.
-        pattern (Sequence): the segments, in order. An int n: n learned tokens, given at the call. A str:
-            words; "{}" in it stands for the class name and is tokenised jointly with what surrounds it, as in
-            "{}.".
+        pattern (Sequence): the segments, in order. An int n: n learned tokens, given at
+            the call. A str:
+            words; "{}" in it stands for the class name and is tokenised jointly with
+            what surrounds it, as in "{}.".
             A list of C strings: a text for each class. A 1-D long Tensor: token ids.
 
     Raises:
-        InputError: for unusable names or segments, or a class whose prompt exceeds the context length.
+        InputError: for unusable names or segments, or a class whose prompt exceeds the
+            context length.
     """
 
     def __init__(self, clip: FrozenCLIP, classnames: Sequence[str], pattern: Sequence):
         self.clip = clip
         self.classnames = check_classnames(classnames, allow_duplicates=True)
         C = len(self.classnames)
-        # Each item is an int (a slot), or C token lists that are one and the same object when shared.
+        # Each item is an int (a slot), or C token lists that are one and the same
+        # object when shared.
         items: list = []
         for segment in pattern:
-            if isinstance(segment, bool) or not isinstance(segment, int | str | list | tuple | Tensor):
-                raise InputError(f"a segment must be a length, text, texts or token ids, not {segment!r}")
+            if isinstance(segment, bool) or not isinstance(
+                segment, int | str | list | tuple | Tensor
+            ):
+                raise InputError(
+                    "a segment must be a length, text, texts or token ids, not"
+                    f" {segment!r}"
+                )
             if isinstance(segment, int):
                 items.append(segment)
             elif isinstance(segment, Tensor):
                 items.append([segment.tolist()] * C)
             elif isinstance(segment, str):
                 if "{}" in segment:
-                    items.append([clip.encode(segment.replace("{}", name)) for name in self.classnames])
+                    items.append(
+                        [
+                            clip.encode(segment.replace("{}", name))
+                            for name in self.classnames
+                        ]
+                    )
                 else:
                     items.append([clip.encode(segment)] * C)
             else:
                 if len(segment) != C:
-                    raise InputError(f"a segment has {len(segment)} texts for {C} classes")
+                    raise InputError(
+                        f"a segment has {len(segment)} texts for {C} classes"
+                    )
                 items.append([clip.encode(text) for text in segment])
         items.append([[clip.tokenizer.eot_token_id]] * C)
         self._items = items
-        self.slots = [item for item in items if isinstance(item, int)]  # lengths of the learned segments
+        self.slots = [
+            item for item in items if isinstance(item, int)
+        ]  # lengths of the learned segments
         self.lengths = [
-            1 + sum(item if isinstance(item, int) else len(item[c]) for item in items) for c in range(C)
+            1 + sum(item if isinstance(item, int) else len(item[c]) for item in items)
+            for c in range(C)
         ]  # tokens of each class's prompt, SOS and EOT included
         longest = max(range(C), key=self.lengths.__getitem__)
         if self.lengths[longest] > clip.context_length:
             raise InputError(
-                f"the prompt of class {_short(self.classnames[longest])} takes {self.lengths[longest]} "
-                f"tokens, but the model reads at most {clip.context_length}; shorten the name or the context"
+                f"the prompt of class {_short(self.classnames[longest])} takes"
+                f" {self.lengths[longest]} tokens, but the model reads at most"
+                f" {clip.context_length}; shorten the name or the context"
             )
         self._layouts: dict[tuple[bool, ...], _Layout] = {}
 
@@ -76,18 +98,22 @@ class Template:
         """The prompt with the learned segments filled in.
 
         Args:
-            tokens (Tensor): one a slot, each (M, D) shared, (C, M, D) by class, (G, 1, M, D) by group or
-                (G, C, M, D) by both, where M is the slot's length.
+            tokens (Tensor): one a slot, each (M, D) shared, (C, M, D) by class, (G, 1,
+                M, D) by group or (G, C, M, D) by both, where M is the slot's length.
 
         Returns:
-            Prompt: whose prefix ends where the first token that differs by class begins.
+            Prompt: whose prefix ends where the first token that differs by class
+                begins.
 
         Raises:
             InputError: if a tensor does not fit its slot.
         """
         C, D = len(self.classnames), self.clip.width
         if len(tokens) != len(self.slots):
-            raise InputError(f"the template has {len(self.slots)} learned segments, but {len(tokens)} were given")
+            raise InputError(
+                f"the template has {len(self.slots)} learned segments, but"
+                f" {len(tokens)} were given"
+            )
         groups = 1
         for x, length in zip(tokens, self.slots, strict=True):
             fits = x.dim() in (2, 3, 4) and x.shape[-2:] == (length, D)
@@ -106,24 +132,40 @@ class Template:
 class _Layout:
     """Where everything stands, given which slots differ by class.
 
-    The sequence is cut into a shared prefix; a head of segments that differ by class but have one length; and
-    a tail, from the first text of varying length on. A tail with slots gathers from a bank of embeddings.
+    The sequence is cut into a shared prefix; a head of segments that differ by class
+    but have one length; and a tail, from the first text of varying length on. A tail
+    with slots gathers from a bank of embeddings.
     """
 
     def __init__(self, clip: FrozenCLIP, items: list, by_class: tuple[bool, ...]):
         C = len(next(item for item in items if not isinstance(item, int)))
         flags = iter(by_class)
-        own = [next(flags) if isinstance(item, int) else any(ids != item[0] for ids in item) for item in items]
-        ragged = [not isinstance(item, int) and len({len(ids) for ids in item}) > 1 for item in items]
+        own = [
+            (
+                next(flags)
+                if isinstance(item, int)
+                else any(ids != item[0] for ids in item)
+            )
+            for item in items
+        ]
+        ragged = [
+            not isinstance(item, int) and len({len(ids) for ids in item}) > 1
+            for item in items
+        ]
         # EOT, the last item, always starts the suffix at the latest.
         cut = next((i for i, differs in enumerate(own) if differs), len(items) - 1)
         slot_numbers, n = [], 0
         for item in items:
             slot_numbers.append(n if isinstance(item, int) else None)
             n += isinstance(item, int)
-        last_slot = max((i for i, number in enumerate(slot_numbers) if number is not None), default=-1)
+        last_slot = max(
+            (i for i, number in enumerate(slot_numbers) if number is not None),
+            default=-1,
+        )
         stop = next((i for i in range(cut, len(items)) if ragged[i]), len(items))
-        if last_slot < stop:  # no slot follows a ragged text, so all that follows the last slot is one constant
+        if (
+            last_slot < stop
+        ):  # no slot follows a ragged text, so all that follows the last slot is one constant
             stop = max(cut, last_slot + 1)
 
         sot = clip.embed([clip.tokenizer.sot_token_id])  # (1, D)
@@ -133,12 +175,23 @@ class _Layout:
         ]
         self.head: list = [
             number if number is not None else clip.embed(item)  # (C, n, D)
-            for item, number in zip(items[cut:stop], slot_numbers[cut:stop], strict=True)
+            for item, number in zip(
+                items[cut:stop], slot_numbers[cut:stop], strict=True
+            )
         ]
         tail, numbers = items[stop:], slot_numbers[stop:]
         self.tail_slots = [number for number in numbers if number is not None]
-        # Rows of the bank: the distinct fixed tokens, then each slot's, class by class if those differ.
-        fixed = sorted({t for item in tail if not isinstance(item, int) for ids in item for t in ids})
+        # Rows of the bank: the distinct fixed tokens, then each slot's, class by class
+        # if those differ.
+        fixed = sorted(
+            {
+                t
+                for item in tail
+                if not isinstance(item, int)
+                for ids in item
+                for t in ids
+            }
+        )
         row_of, base = {t: i for i, t in enumerate(fixed)}, len(fixed)
         bases = {}
         for item, number in zip(tail, numbers, strict=True):
@@ -155,9 +208,15 @@ class _Layout:
                     start = bases[number] + (c * item if by_class[number] else 0)
                     row += range(start, start + item)
             rows.append(torch.tensor(row, dtype=torch.long))
-        head_length = sum(item if isinstance(item, int) else len(item[0]) for item in items[cut:stop])
-        self.eot = torch.tensor([head_length + len(row) - 1 for row in rows], device=clip.device)  # (C,)
-        index = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(clip.device)  # (C, T)
+        head_length = sum(
+            item if isinstance(item, int) else len(item[0]) for item in items[cut:stop]
+        )
+        self.eot = torch.tensor(
+            [head_length + len(row) - 1 for row in rows], device=clip.device
+        )  # (C,)
+        index = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(
+            clip.device
+        )  # (C, T)
         self.fixed = clip.embed(fixed)  # (U, D)
         self.index = index
         # Without slots the tail never changes.
@@ -167,29 +226,46 @@ class _Layout:
         prefix = []
         for part in self.prefix:
             part = tokens[part] if isinstance(part, int) else part
-            part = part[:, 0] if part.dim() == 4 else part  # (n, D), (1, n, D) or (G, n, D)
+            part = (
+                part[:, 0] if part.dim() == 4 else part
+            )  # (n, D), (1, n, D) or (G, n, D)
             prefix.append(part.expand(groups, -1, -1))
         prefix = torch.cat(prefix, dim=1)  # (G, P, D)
         if self.tail_slots:
             learned = [tokens[n] for n in self.tail_slots]
-            tail = self._gather([self.fixed, *(x.flatten(-3, -2) if x.dim() > 2 else x for x in learned)])
+            tail = self._gather(
+                [
+                    self.fixed,
+                    *(x.flatten(-3, -2) if x.dim() > 2 else x for x in learned),
+                ]
+            )
         else:
             tail = self.tail
         if not self.head:
             return Prompt(prefix, tail, self.eot)
-        suffix = [tokens[part] if isinstance(part, int) else part for part in self.head] + [tail]
+        suffix = [
+            tokens[part] if isinstance(part, int) else part for part in self.head
+        ] + [tail]
         deep = any(part.dim() == 4 for part in suffix)
         shape = (groups, C, -1, -1) if deep else (C, -1, -1)
-        return Prompt(prefix, torch.cat([part.expand(*shape) for part in suffix], dim=-2), self.eot)
+        return Prompt(
+            prefix,
+            torch.cat([part.expand(*shape) for part in suffix], dim=-2),
+            self.eot,
+        )
 
     def _gather(self, bank: list[Tensor]) -> Tensor:
         """Rows of the tail: (C, T, D), or (G, C, T, D) if a slot differs by group."""
         groups = max(part.shape[0] if part.dim() == 3 else 1 for part in bank)
         C, T = self.index.shape
         if groups == 1:
-            bank = torch.cat([part[0] if part.dim() == 3 else part for part in bank])  # (R, D)
+            bank = torch.cat(
+                [part[0] if part.dim() == 3 else part for part in bank]
+            )  # (R, D)
             return bank.index_select(0, self.index.reshape(-1)).view(C, T, -1)
-        bank = torch.cat([part.expand(groups, -1, -1) for part in bank], dim=1)  # (G, R, D)
+        bank = torch.cat(
+            [part.expand(groups, -1, -1) for part in bank], dim=1
+        )  # (G, R, D)
         return bank.index_select(1, self.index.reshape(-1)).view(groups, C, T, -1)
 
 
@@ -199,44 +275,54 @@ def assemble(clip: FrozenCLIP, classnames: Sequence[str], segments: Sequence) ->
     Args:
         clip (FrozenCLIP): the model.
         classnames (Sequence[str]): C names.
-        segments (Sequence): in order, each a float Tensor of learned tokens, (M, D), (C, M, D), (G, 1, M, D)
-            or (G, C, M, D), or anything fixed that `Template` takes.
+        segments (Sequence): in order, each a float Tensor of learned tokens, (M, D),
+            (C, M, D), (G, 1, M, D) or (G, C, M, D), or anything fixed that `Template`
+            takes.
 
     Returns:
         Prompt: of G groups and C classes.
 
     Raises:
-        InputError: naming the class whose prompt is too long, or the segment that does not fit.
+        InputError: naming the class whose prompt is too long, or the segment that does
+            not fit.
     """
     learned = [s for s in segments if isinstance(s, Tensor) and s.is_floating_point()]
-    pattern = [s.shape[-2] if isinstance(s, Tensor) and s.is_floating_point() else s for s in segments]
+    pattern = [
+        s.shape[-2] if isinstance(s, Tensor) and s.is_floating_point() else s
+        for s in segments
+    ]
     return Template(clip, classnames, pattern)(*learned)
 
 
 class Context(nn.Module):
-    """Learned tokens around a class name: CoOp's prompt learner (arXiv 2109.01134, section 3.2).
+    """Learned tokens around a class name: CoOp's prompt learner (arXiv 2109.01134,
+    section 3.2).
 
         end:    SOS | v_1 .. v_M | name . EOT
-        middle: SOS | v_1 .. v_h | name | v_h+1 .. v_M | . EOT,   h = M // 2, or where "[CLS]" stands in the words
+        middle: SOS | v_1 .. v_h | name | v_h+1 .. v_M | . EOT,   h = M // 2, or where
+            "[CLS]" stands in the words
         front:  SOS | name | v_1 .. v_M | . EOT
 
     Args:
         clip (FrozenCLIP): the model; not part of this module.
         classnames (Sequence[str]): C names.
         length (int | None): M; by default 16, or the number of `words`.
-        words (str | None): initial words, such as "a photo of a"; the context is then shared by all classes.
-            Their first M tokens learn, and the rest stay fixed behind them. Where there are fewer words than M,
-            as many tokens as there are words learn, and zero vectors stand before them.
+        words (str | None): initial words, such as "a photo of a"; the context is then
+            shared by all classes. Their first M tokens learn, and the rest stay fixed
+            behind them. Where there are fewer words than M, as many tokens as there are
+            words learn, and zero vectors stand before them.
         position (str): "end", "middle" or "front".
         class_specific (bool): a context for each class.
         std (float): of the random initialisation, normal with mean 0.
-        generator (torch.Generator | None): where the random initialisation comes from, on the CPU.
+        generator (torch.Generator | None): where the random initialisation comes from,
+            on the CPU.
 
     Attributes:
         vectors (Parameter): (M, D), or (C, M, D) when class-specific.
 
     Raises:
-        InputError: for an unknown position, a length below 1, unusable names, or a prompt that is too long.
+        InputError: for an unknown position, a length below 1, unusable names, or a
+            prompt that is too long.
     """
 
     def __init__(
@@ -258,7 +344,9 @@ class Context(nn.Module):
         if length is not None and length < 1:
             raise InputError(f"a context needs at least one token, not length={length}")
         words = (words or "").replace("_", " ").split()
-        marked = words.index("[CLS]") if "[CLS]" in words else None  # the place of the class name
+        marked = (
+            words.index("[CLS]") if "[CLS]" in words else None
+        )  # the place of the class name
         if marked is not None:
             words.remove("[CLS]")
             position = "middle"
@@ -268,11 +356,21 @@ class Context(nn.Module):
             known = min(len(words.split()), len(ids), length or len(ids))
             length = length or known
             self._extra, class_specific = ids[known:], False
-            vectors = nn.functional.pad(clip.embed(ids[:known]), (0, 0, length - known, 0))  # zeros come first
+            vectors = nn.functional.pad(
+                clip.embed(ids[:known]), (0, 0, length - known, 0)
+            )  # zeros come first
         else:
             length = length or 16
-            shape = (len(check_classnames(classnames, True)), length) if class_specific else (length,)
-            vectors = torch.empty(*shape, clip.width).normal_(0, std, generator=generator).to(clip.device)
+            shape = (
+                (len(check_classnames(classnames, True)), length)
+                if class_specific
+                else (length,)
+            )
+            vectors = (
+                torch.empty(*shape, clip.width)
+                .normal_(0, std, generator=generator)
+                .to(clip.device)
+            )
         self.class_specific, self.length = class_specific, length
         self._half = length // 2 if marked is None else marked
         self._own: list[str] | None = None
@@ -289,8 +387,8 @@ class Context(nn.Module):
         if self.class_specific:
             if self._own is not None and names != self._own:
                 raise InputError(
-                    f"a class-specific context of {len(self._own)} classes has nothing for other classes "
-                    f"({len(names)} given); use a shared context"
+                    f"a class-specific context of {len(self._own)} classes has nothing"
+                    f" for other classes ({len(names)} given); use a shared context"
                 )
             self._own = names
         extra = [torch.tensor(self._extra)] if self._extra else []
@@ -306,15 +404,17 @@ class Context(nn.Module):
         """The classes' prompt.
 
         Args:
-            vectors (Tensor | None): instead of `self.vectors`: also (G, 1, M, D) or (G, C, M, D), for
-                contexts that depend on the image.
+            vectors (Tensor | None): instead of `self.vectors`: also (G, 1, M, D) or (G,
+                C, M, D), for contexts that depend on the image.
 
         Returns:
             Prompt: of G groups and C classes.
         """
         vectors = self.vectors if vectors is None else vectors
         if self.position == "middle":
-            return self.template(vectors[..., : self._half, :], vectors[..., self._half :, :])
+            return self.template(
+                vectors[..., : self._half, :], vectors[..., self._half :, :]
+            )
         return self.template(vectors)
 
 
@@ -326,7 +426,8 @@ def deep_prompts(clip: FrozenCLIP, depth: int | None, least: int = 0) -> int:
     """How many blocks of both towers get prompts of their own.
 
     Args:
-        depth (int | None): the number, or None for three quarters of the text tower's blocks: 9 of 12.
+        depth (int | None): the number, or None for three quarters of the text tower's
+            blocks: 9 of 12.
         least (int): the smallest depth that makes sense.
 
     Raises:
@@ -336,5 +437,8 @@ def deep_prompts(clip: FrozenCLIP, depth: int | None, least: int = 0) -> int:
     if depth is None:
         return max(len(clip.text_tower.blocks) * 3 // 4, 1)
     if not least <= depth <= blocks:
-        raise InputError(f"depth must be from {least} to the {blocks} blocks of {clip.name!r}, got {depth}")
+        raise InputError(
+            f"depth must be from {least} to the {blocks} blocks of {clip.name!r}, got"
+            f" {depth}"
+        )
     return depth

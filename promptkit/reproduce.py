@@ -1,4 +1,6 @@
-"""Execute the chapters through papermill, one after another, in several processes, or on a Dask cluster."""
+"""Execute the chapters through papermill, one after another, in several processes, or
+on a Dask cluster.
+"""
 
 import ast
 import json
@@ -17,7 +19,8 @@ from promptkit.protocols import parallel
 from promptkit.results import results_dir, write_text
 from promptkit.train import PROFILES
 
-# A chapter declares what it takes in its cell tagged "parameters"; these names mean the same.
+# A chapter declares what it takes in its cell tagged "parameters"; these names mean the
+# same.
 SPELLINGS = {
     "datasets": ("datasets", "data"),
     "dataset": ("dataset",),
@@ -25,8 +28,9 @@ SPELLINGS = {
     "seed": ("seed",),
 }
 
-# A kernel that starts and ends sooner: importing torch makes a million objects that stay, among which garbage is looked
-# for in vain, and an interpreter takes seconds to free them one by one.
+# A kernel that starts and ends sooner: importing torch makes a million objects that
+# stay, among which garbage is looked for in vain, and an interpreter takes seconds to
+# free them one by one.
 KERNEL = "; ".join(
     [
         "import atexit, gc, os",
@@ -66,9 +70,16 @@ class Report:
 
 def find_chapters(folder="notebooks") -> list[Path]:
     """The chapters ``NN_name.ipynb`` of a folder, in the order of their numbers."""
-    paths = sorted(path for path in Path(folder).glob("*.ipynb") if re.fullmatch(r"\d+_\w+", path.stem))
+    paths = sorted(
+        path
+        for path in Path(folder).glob("*.ipynb")
+        if re.fullmatch(r"\d+_\w+", path.stem)
+    )
     if not paths:
-        raise InputError(f"no chapters (NN_name.ipynb) in {Path(folder).resolve()}; run from the repository's root")
+        raise InputError(
+            f"no chapters (NN_name.ipynb) in {Path(folder).resolve()}; run from the"
+            " repository's root"
+        )
     return paths
 
 
@@ -76,27 +87,40 @@ def select_chapters(wanted, paths: list[Path]) -> list[Path]:
     """Pick chapters.
 
     Args:
-        wanted: "all" or None, or a comma-separated text or list of numbers ("03" or "3"), ranges ("02-05")
-            and names ("coop" or "03_coop").
+        wanted: "all" or None, or a comma-separated text or list of numbers ("03" or
+            "3"), ranges ("02-05") and names ("coop" or "03_coop").
         paths: what :func:`find_chapters` found.
 
     Raises:
         InputError: one of them names no chapter; the text gives the nearest names.
     """
-    wanted = wanted.replace(",", " ").split() if isinstance(wanted, str) else [str(word) for word in wanted or []]
+    wanted = (
+        wanted.replace(",", " ").split()
+        if isinstance(wanted, str)
+        else [str(word) for word in wanted or []]
+    )
     if not wanted or wanted == ["all"]:
         return list(paths)
     names = {path: (path.stem, path.name, path.stem.split("_", 1)[1]) for path in paths}
     chosen = []
     for word in wanted:
         low, _, high = word.partition("-")
-        numbers = range(int(low), int(high or low) + 1) if low.isdigit() and (high or low).isdigit() else ()
-        found = [path for path in paths if int(path.stem.split("_")[0]) in numbers or word in names[path]]
+        numbers = (
+            range(int(low), int(high or low) + 1)
+            if low.isdigit() and (high or low).isdigit()
+            else ()
+        )
+        found = [
+            path
+            for path in paths
+            if int(path.stem.split("_")[0]) in numbers or word in names[path]
+        ]
         if not found:
             raise unknown(
                 "chapter",
                 word,
-                [path.stem for path in paths] + [path.stem.split("_", 1)[1] for path in paths],
+                [path.stem for path in paths]
+                + [path.stem.split("_", 1)[1] for path in paths],
             )
         chosen += found
     return [path for path in paths if path in chosen]
@@ -106,33 +130,43 @@ def reproduce(
     chapters=None, profile="mini", data=None, seeds=None, output=None, workers=1, scheduler=None,
     folder="notebooks", fan_out=False, progress=True, root=None, **parameters,
 ) -> list[Report]:  # fmt: skip
-    """Execute chapters and report on each; one that fails keeps its old notebook, and the others go on.
+    """Execute chapters and report on each; one that fails keeps its old notebook, and
+    the others go on.
 
     Args:
         chapters: see :func:`select_chapters`.
         profile: "smoke", "mini" or "full".
         data: names of datasets, or "all"; a chapter's own choice by default.
         seeds: list of seeds; a chapter's own choice by default.
-        output: folder for the executed notebooks. By default profile "mini" refreshes the notebooks in place
-            and the others write to ``reproduced/<profile>``.
+        output: folder for the executed notebooks. By default profile "mini" refreshes
+            the notebooks in place and the others write to ``reproduced/<profile>``.
         workers: chapters executed at the same time.
-        scheduler: address of a Dask scheduler whose workers share this file system; replaces ``workers``.
+        scheduler: address of a Dask scheduler whose workers share this file system;
+            replaces ``workers``.
         folder: where the chapters are.
-        fan_out: first execute each chapter once for every dataset and seed, to spread a long run over the
-            workers (kept below ``<output>/parts``), then once over all of them, which finds every run stored.
+        fan_out: first execute each chapter once for every dataset and seed, to spread a
+            long run over the workers (kept below ``<output>/parts``), then once over
+            all of them, which finds every run stored.
         progress: show a bar a chapter, and a line when one is done.
         root: folder of the real datasets, which chapters find in $PROMPTKIT_DATA.
-        parameters: other parameters (model, shots, ...); a chapter gets those that it declares.
+        parameters: other parameters (model, shots, ...); a chapter gets those that it
+            declares.
 
     Raises:
-        InputError: unknown chapter or profile, a chapter without a cell tagged "parameters", or a parameter
-            that none of the chapters takes.
+        InputError: unknown chapter or profile, a chapter without a cell tagged
+            "parameters", or a parameter that none of the chapters takes.
     """
     if profile not in PROFILES:
         raise unknown("profile", profile, PROFILES)
     paths = select_chapters(chapters, find_chapters(folder))
     data = (
-        None if data is None else data if data == "all" or not isinstance(data, str) else data.replace(",", " ").split()
+        None
+        if data is None
+        else (
+            data
+            if data == "all" or not isinstance(data, str)
+            else data.replace(",", " ").split()
+        )
     )
     given = {
         "profile": profile,
@@ -144,12 +178,19 @@ def reproduce(
     declared = {path: declared_parameters(path) for path in paths}
     for key in set(given) - {"profile"}:
         if not any(_spelled(key, given[key], names) for names in declared.values()):
-            raise InputError(f"none of the chapters {', '.join(p.stem for p in paths)} takes a parameter {key!r}")
+            raise InputError(
+                f"none of the chapters {', '.join(p.stem for p in paths)} takes a"
+                f" parameter {key!r}"
+            )
     in_place = output is None and profile == "mini"
     target = Path(output or Path("reproduced") / profile)
-    # The mini CLIP's products are too small to share: a second thread would only wait for the first.
+    # The mini CLIP's products are too small to share: a second thread would only wait
+    # for the first.
     cores = max(1, (os.cpu_count() or 1) // max(1, workers)) if profile == "full" else 1
-    environment = {"PROMPTKIT_RESULTS": str(results_dir().resolve()), "OMP_NUM_THREADS": str(cores)}
+    environment = {
+        "PROMPTKIT_RESULTS": str(results_dir().resolve()),
+        "OMP_NUM_THREADS": str(cores),
+    }
     if root is not None:
         environment["PROMPTKIT_DATA"] = str(Path(root).resolve())
 
@@ -157,28 +198,55 @@ def reproduce(
         settings = {}
         for key, value in (given | more).items():
             settings |= _spelled(key, value, declared[path])
-        settings = {key: value for key, value in settings.items() if value != declared[path][key]}
-        return Job(path.resolve(), (Path(folder) / f"{path.stem}{suffix}.ipynb").resolve(), settings, environment)
+        settings = {
+            key: value
+            for key, value in settings.items()
+            if value != declared[path][key]
+        }
+        return Job(
+            path.resolve(),
+            (Path(folder) / f"{path.stem}{suffix}.ipynb").resolve(),
+            settings,
+            environment,
+        )
 
     stages = [[job(path, path.parent if in_place else target) for path in paths]]
     if fan_out and data not in (None, "all") and seeds:
-        cells = [(path, name, seed) for path in paths for name in data for seed in seeds]
-        parts = [job(p, target / "parts", f"-{d}-seed{s}", datasets=[d], seeds=[s]) for p, d, s in cells]
+        cells = [
+            (path, name, seed) for path in paths for name in data for seed in seeds
+        ]
+        parts = [
+            job(p, target / "parts", f"-{d}-seed{s}", datasets=[d], seeds=[s])
+            for p, d, s in cells
+        ]
         stages.insert(0, parts)
     elif fan_out:
-        raise InputError("to fan out over datasets and seeds, name the datasets and the seeds")
-    return [report for stage in stages for report in _run_stage(stage, workers, scheduler, progress)]
+        raise InputError(
+            "to fan out over datasets and seeds, name the datasets and the seeds"
+        )
+    return [
+        report
+        for stage in stages
+        for report in _run_stage(stage, workers, scheduler, progress)
+    ]
 
 
 def _run_stage(jobs, workers, scheduler, progress):
     alone = progress and workers == 1 and not scheduler
     reports = []
-    for job, report in parallel(execute_chapter, jobs, workers, scheduler, progress_bar=alone):
+    for job, report in parallel(
+        execute_chapter, jobs, workers, scheduler, progress_bar=alone
+    ):
         reports.append(report)
         if progress:
-            state = f"FAILED: {report.error}" if report.error else f"-> {os.path.relpath(report.output)}"
+            state = (
+                f"FAILED: {report.error}"
+                if report.error
+                else f"-> {os.path.relpath(report.output)}"
+            )
             print(
-                f"[{len(reports)}/{len(jobs)}] {job.name} {report.seconds:.0f} s {state}",
+                f"[{len(reports)}/{len(jobs)}] {job.name} {report.seconds:.0f} s"
+                f" {state}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -193,32 +261,53 @@ def declared_parameters(path) -> dict:
     """
     try:
         notebook = nbformat.read(path, as_version=4)
-        cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+        cell = next(
+            cell
+            for cell in notebook.cells
+            if "parameters" in cell.metadata.get("tags", [])
+        )
     except StopIteration:
         raise InputError(f"{path} has no cell tagged 'parameters'") from None
-    except Exception as error:  # nbformat raises its own and json's errors for a damaged file
+    except (
+        Exception
+    ) as error:  # nbformat raises its own and json's errors for a damaged file
         raise InputError(f"cannot read the notebook {path}: {error}") from None
     found = {}
     for node in ast.parse(cell.source).body:
         targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
         )
         for target in targets:
             if isinstance(target, ast.Name):
                 try:
                     found[target.id] = ast.literal_eval(node.value)
                 except ValueError:
-                    found[target.id] = ast.unparse(node.value)  # computed: equal to no value that can be given
+                    found[target.id] = ast.unparse(
+                        node.value
+                    )  # computed: equal to no value that can be given
     return found
 
 
 def _spelled(key, value, names):
-    """The parameter under the name that a chapter declares for it; {} where it takes none."""
+    """The parameter under the name that a chapter declares for it; {} where it takes
+    none.
+    """
     for name in SPELLINGS.get(key, (key,)):
         if name in names:
             return {name: value}
-    single = key[:-1] if key.endswith("s") else None  # a chapter about one dataset takes a list of one
-    if single in SPELLINGS and single in names and isinstance(value, list) and len(value) == 1:
+    single = (
+        key[:-1] if key.endswith("s") else None
+    )  # a chapter about one dataset takes a list of one
+    if (
+        single in SPELLINGS
+        and single in names
+        and isinstance(value, list)
+        and len(value) == 1
+    ):
         return {single: value[0]}
     return {}
 
@@ -226,15 +315,17 @@ def _spelled(key, value, names):
 def execute_chapter(job: Job, progress_bar=False) -> Report:
     """Execute one chapter with this very interpreter and write it whole, or not at all.
 
-    What papermill notes about the machine (paths, times) is dropped, so that an executed notebook changes
-    only where its outputs do.
+    What papermill notes about the machine (paths, times) is dropped, so that an
+    executed notebook changes only where its outputs do.
     """
     import papermill
 
     started = time.perf_counter()
     error = ""
     with tempfile.TemporaryDirectory() as kernels:
-        before = {key: os.environ.get(key) for key in (*job.environment, "JUPYTER_PATH")}
+        before = {
+            key: os.environ.get(key) for key in (*job.environment, "JUPYTER_PATH")
+        }
         os.environ.update(job.environment, JUPYTER_PATH=_own_kernel(kernels))
         try:
             notebook = papermill.execute_notebook(
@@ -243,21 +334,34 @@ def execute_chapter(job: Job, progress_bar=False) -> Report:
             )  # fmt: skip
             write_text(job.output, nbformat.writes(_clean(notebook)) + "\n")
         except papermill.PapermillExecutionError as failure:
-            error = f"cell {failure.exec_count or failure.cell_index}: {failure.ename}: {failure.evalue}"
-        except Exception as failure:  # a dead kernel, a full disk: reported like a failing cell
+            error = (
+                f"cell {failure.exec_count or failure.cell_index}: {failure.ename}:"
+                f" {failure.evalue}"
+            )
+        except (
+            Exception
+        ) as failure:  # a dead kernel, a full disk: reported like a failing cell
             error = f"{type(failure).__name__}: {failure}"
         finally:
             for key, value in before.items():
-                os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+                (
+                    os.environ.pop(key, None)
+                    if value is None
+                    else os.environ.update({key: value})
+                )
     return Report(job.name, time.perf_counter() - started, job.output, error)
 
 
 def _own_kernel(folder):
-    """Describe a kernel of this very interpreter, for one execution alone; returns the JUPYTER_PATH to it."""
+    """Describe a kernel of this very interpreter, for one execution alone; returns the
+    JUPYTER_PATH to it.
+    """
     home = Path(folder) / "kernels" / "python3"
     home.mkdir(parents=True)
     argv = [sys.executable, "-c", KERNEL, "-f", "{connection_file}"]
-    (home / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    (home / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
+    )
     return os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
 
 

@@ -1,10 +1,12 @@
-"""Where runs are stored, what they add up to, what the papers report, and whether a claim holds.
+"""Where runs are stored, what they add up to, what the papers report, and whether a
+claim holds.
 
-A run is one JSON file below the results folder, named after what it measured and a hash of its whole
-configuration: ``<results>/<protocol>/<method>-<dataset>-<shots>shot-seed<seed>-<hash>.json``. It is written
-to a temporary file and moved into place, so that a killed run leaves whole files or none. A run is looked up
-by that hash: any change of its configuration (hyperparameters, recipe, data, weights, code of the method)
-makes it another run.
+A run is one JSON file below the results folder, named after what it measured and a hash
+of its whole configuration:
+``<results>/<protocol>/<method>-<dataset>-<shots>shot-seed<seed>-<hash>.json``. It is
+written to a temporary file and moved into place, so that a killed run leaves whole
+files or none. A run is looked up by that hash: any change of its configuration
+(hyperparameters, recipe, data, weights, code of the method) makes it another run.
 """
 
 import hashlib
@@ -26,9 +28,13 @@ from scipy.special import stdtrit
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
 
-TRANSFER = ("cross-dataset", "domain-generalization")  # protocols whose averages leave the source out
+TRANSFER = (
+    "cross-dataset",
+    "domain-generalization",
+)  # protocols whose averages leave the source out
 SPLITS = ("base", "new", "hm", "all")
-# What tells two numbers apart; of several runs that agree in all of it, the newest is the one that counts.
+# What tells two numbers apart; of several runs that agree in all of it, the newest is
+# the one that counts.
 IDENTITY = [
     "method",
     "options",
@@ -56,22 +62,28 @@ COLUMNS = [
 ]
 
 
-# --- one run, one file --------------------------------------------------------------------------------------
+# --- one run, one file ----------------------------------------------------------------
 
 
 def results_dir(path=None) -> Path:
-    """The results folder: ``path``, else the environment variable PROMPTKIT_RESULTS, else ``./results``."""
+    """The results folder: ``path``, else the environment variable PROMPTKIT_RESULTS,
+    else ``./results``.
+    """
     return Path(path or os.environ.get("PROMPTKIT_RESULTS") or "results")
 
 
 def config_hash(config: dict) -> str:
-    """First 16 hex digits of the SHA-256 of a configuration, independent of the order of its keys."""
+    """First 16 hex digits of the SHA-256 of a configuration, independent of the order
+    of its keys.
+    """
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_text(path, text: str) -> Path:
-    """Write a text file so that readers, and a killed process, see the whole of it or none."""
+    """Write a text file so that readers, and a killed process, see the whole of it or
+    none.
+    """
     return write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -86,37 +98,48 @@ def save_run(record: dict, root=None) -> Path:
     """Store a run.
 
     Args:
-        record: ``config`` (everything that its hash is made of), ``rows`` (a dict a measured number: target,
-            split, metric, value), and what is worth knowing beside them: versions, device, seconds, losses.
+        record: ``config`` (everything that its hash is made of), ``rows`` (a dict a
+            measured number: target, split, metric, value), and what is worth knowing
+            beside them: versions, device, seconds, losses.
         root: results folder, see :func:`results_dir`.
     """
     record = {"format": 1, "hash": config_hash(record["config"]), **record}
-    return write_text(run_path(record["config"], root), json.dumps(record, indent=1, default=str) + "\n")
+    return write_text(
+        run_path(record["config"], root),
+        json.dumps(record, indent=1, default=str) + "\n",
+    )
 
 
 def read_run(path) -> dict:
     """Read one run's file.
 
     Raises:
-        InputError: it is not a whole and untouched run; the text names the file and the remedy.
+        InputError: it is not a whole and untouched run; the text names the file and the
+            remedy.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = record["rows"]
         if record["hash"] != config_hash(record["config"]):
             raise ValueError("its configuration does not match its hash")
-        if not rows or not all(math.isfinite(row["value"]) and row["split"] in SPLITS for row in rows):
+        if not rows or not all(
+            math.isfinite(row["value"]) and row["split"] in SPLITS for row in rows
+        ):
             raise ValueError("it holds no usable numbers")
         for key in ("versions", "device", "seconds", "created"):
             record[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"damaged result file {path} ({reason}); delete it and run again") from None
+        raise InputError(
+            f"damaged result file {path} ({reason}); delete it and run again"
+        ) from None
     return record
 
 
 def find_run(config: dict, root=None) -> dict | None:
-    """The stored run of a configuration, or None; a damaged file warns and counts as none: run it again."""
+    """The stored run of a configuration, or None; a damaged file warns and counts as
+    none: run it again.
+    """
     path = run_path(config, root)
     if not path.exists():
         return None
@@ -128,11 +151,29 @@ def find_run(config: dict, root=None) -> dict | None:
 
 
 def run_rows(record: dict) -> pd.DataFrame:
-    """A run as tidy rows, one a measured number, with the columns ``COLUMNS``; accuracies are in percent."""
+    """A run as tidy rows, one a measured number, with the columns ``COLUMNS``;
+    accuracies are in percent.
+    """
     config = record["config"]
-    options = ", ".join(f"{key}={value}" for key, value in sorted(config.get("overrides", {}).items()))
-    shared = {key: config[key] for key in ("method", "protocol", "dataset", "shots", "seed", "profile", "model")}
-    shared |= {"options": options, **{key: record[key] for key in ("hash", "device", "seconds", "created")}}
+    options = ", ".join(
+        f"{key}={value}" for key, value in sorted(config.get("overrides", {}).items())
+    )
+    shared = {
+        key: config[key]
+        for key in (
+            "method",
+            "protocol",
+            "dataset",
+            "shots",
+            "seed",
+            "profile",
+            "model",
+        )
+    }
+    shared |= {
+        "options": options,
+        **{key: record[key] for key in ("hash", "device", "seconds", "created")},
+    }
     rows = [shared | record["versions"] | row for row in record["rows"]]
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
@@ -140,12 +181,13 @@ def run_rows(record: dict) -> pd.DataFrame:
 def load_results(root=None, **filters) -> pd.DataFrame:
     """All stored runs as one table of tidy rows.
 
-    Where several runs measured the same thing under configurations that differ (another version of the code
-    or of the recipe), the newest alone is kept.
+    Where several runs measured the same thing under configurations that differ (another
+    version of the code or of the recipe), the newest alone is kept.
 
     Args:
         root: results folder, see :func:`results_dir`.
-        filters: column=value or column=[values] to keep, e.g. ``method=["clip", "coop"]``.
+        filters: column=value or column=[values] to keep, e.g. ``method=["clip",
+            "coop"]``.
 
     Raises:
         InputError: a file is damaged; the text names it.
@@ -160,29 +202,39 @@ def newest(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame(columns=COLUMNS)
     rows = pd.concat(tables, ignore_index=True).sort_values("created", kind="stable")
-    return rows.drop_duplicates(IDENTITY, keep="last").sort_values(IDENTITY, kind="stable", ignore_index=True)
+    return rows.drop_duplicates(IDENTITY, keep="last").sort_values(
+        IDENTITY, kind="stable", ignore_index=True
+    )
 
 
 def _filtered(rows, filters):
     for column, wanted in filters.items():
         if column not in rows:
-            raise InputError(f"no column {column!r} to filter by; there are {', '.join(rows.columns)}")
-        rows = rows[rows[column].isin([wanted] if np.isscalar(wanted) else list(wanted))]
+            raise InputError(
+                f"no column {column!r} to filter by; there are"
+                f" {', '.join(rows.columns)}"
+            )
+        rows = rows[
+            rows[column].isin([wanted] if np.isscalar(wanted) else list(wanted))
+        ]
     return rows.reset_index(drop=True)
 
 
-# --- means and intervals ------------------------------------------------------------------------------------
+# --- means and intervals --------------------------------------------------------------
 
 
 def harmonic_mean(base, new):
     """2 b n / (b + n), of numbers or of arrays; 0 where both are 0."""
     base, new = np.asarray(base, float), np.asarray(new, float)
     total = base + new
-    return np.divide(2 * base * new, total, out=np.zeros_like(total), where=total != 0)[()]
+    return np.divide(2 * base * new, total, out=np.zeros_like(total), where=total != 0)[
+        ()
+    ]
 
 
 def interval(values, level=0.95) -> tuple[float, float, float]:
-    """Mean and two-sided Student t interval of independent values: ``(mean, low, high)``.
+    """Mean and two-sided Student t interval of independent values: ``(mean, low,
+    high)``.
 
     Fewer than two values have no interval: low and high are NaN.
     """
@@ -194,33 +246,55 @@ def interval(values, level=0.95) -> tuple[float, float, float]:
     mean = float(values.mean())
     if len(values) < 2:
         return mean, math.nan, math.nan
-    half = float(stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1) / math.sqrt(len(values)))
+    half = float(
+        stdtrit(len(values) - 1, (1 + level) / 2)
+        * values.std(ddof=1)
+        / math.sqrt(len(values))
+    )
     return mean, mean - half, mean + half
 
 
 def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
-    """Means over seeds with intervals, one row for each method, dataset, target, split and number of shots.
+    """Means over seeds with intervals, one row for each method, dataset, target, split
+    and number of shots.
 
-    The conventions of the benchmark: the harmonic mean of a dataset is that of its seed-averaged base and new
-    accuracies; in the row ``dataset="average"`` base and new are averaged over the datasets first and "hm" is
-    the harmonic mean of the two averages (``hm_of_tasks`` is the mean of the datasets' harmonic means, which
-    a few papers report in its place). Averages of cross-dataset and domain-generalization leave the source
-    out. Intervals are over seeds: each seed gives one value, for the average row its own average over the
-    datasets.
+    The conventions of the benchmark: the harmonic mean of a dataset is that of its
+    seed-averaged base and new accuracies; in the row ``dataset="average"`` base and new
+    are averaged over the datasets first and "hm" is the harmonic mean of the two
+    averages (``hm_of_tasks`` is the mean of the datasets' harmonic means, which a few
+    papers report in its place). Averages of cross-dataset and domain-generalization
+    leave the source out. Intervals are over seeds: each seed gives one value, for the
+    average row its own average over the datasets.
 
     Returns:
-        Columns method, options, protocol, profile, model, shots, dataset, target, split, mean, low, high,
-        seeds, datasets. In an average row only seeds that cover every dataset enter the interval.
+        Columns method, options, protocol, profile, model, shots, dataset, target,
+        split, mean, low, high, seeds, datasets. In an average row only seeds that cover
+        every dataset enter the interval.
     """
     keys = ["method", "options", "protocol", "profile", "model", "shots"]
-    columns = [*keys, "dataset", "target", "split", "mean", "low", "high", "seeds", "datasets"]
+    columns = [
+        *keys,
+        "dataset",
+        "target",
+        "split",
+        "mean",
+        "low",
+        "high",
+        "seeds",
+        "datasets",
+    ]
     out = []
     for group, rows in runs.groupby(keys, sort=False, dropna=False):
         head = dict(zip(keys, group, strict=True))
-        cells = rows.pivot_table(index="seed", columns=["dataset", "target", "split"], values="value")
+        cells = rows.pivot_table(
+            index="seed", columns=["dataset", "target", "split"], values="value"
+        )
         for dataset, target in dict.fromkeys((d, t) for d, t, _ in cells.columns):
             cell = cells[dataset][target]
-            out += [head | {"dataset": dataset, "target": target, "datasets": 1} | row for row in _cells(cell, level)]
+            out += [
+                head | {"dataset": dataset, "target": target, "datasets": 1} | row
+                for row in _cells(cell, level)
+            ]
         if average:
             for dataset, row in _average(cells, head["protocol"], level):
                 out.append(head | {"dataset": dataset, "target": "average"} | row)
@@ -234,15 +308,24 @@ def _cells(cell, level):
         mean, low, high = interval(values, level)
         if split == "hm" and {"base", "new"} <= set(cell):
             mean = float(harmonic_mean(cell["base"].mean(), cell["new"].mean()))
-        yield {"split": split, "mean": mean, "low": low, "high": high, "seeds": len(values)}
+        yield {
+            "split": split,
+            "mean": mean,
+            "low": low,
+            "high": high,
+            "seeds": len(values),
+        }
 
 
 def _average(cells, protocol, level):
-    """Rows of the average over datasets or, for a protocol with targets, over the targets of each source."""
+    """Rows of the average over datasets or, for a protocol with targets, over the
+    targets of each source.
+    """
     names = cells.columns.to_frame(index=False)
     if protocol in TRANSFER:
         groups = [
-            (source, names[(names.dataset == source) & (names.target != source)]) for source in names.dataset.unique()
+            (source, names[(names.dataset == source) & (names.target != source)])
+            for source in names.dataset.unique()
         ]
     else:
         groups = [("average", names)]
@@ -250,14 +333,22 @@ def _average(cells, protocol, level):
         count = members["target"].nunique()
         if not count:
             continue
-        by_split = cells[list(members.itertuples(index=False, name=None))].T.groupby(level="split", sort=False)
-        over_seeds = by_split.apply(lambda part: part.mean(axis=1).mean())  # as the papers: every number there is
-        complete = by_split.apply(lambda part: part.mean(axis=0).where(part.notna().all())).T.dropna()  # a row a seed
+        by_split = cells[list(members.itertuples(index=False, name=None))].T.groupby(
+            level="split", sort=False
+        )
+        over_seeds = by_split.apply(
+            lambda part: part.mean(axis=1).mean()
+        )  # as the papers: every number there is
+        complete = by_split.apply(
+            lambda part: part.mean(axis=0).where(part.notna().all())
+        ).T.dropna()  # a row a seed
         table = complete.copy()
         means = over_seeds.to_dict()
         if {"base", "new"} <= set(means):
             table["hm_of_tasks"], means["hm_of_tasks"] = complete["hm"], means["hm"]
-            table["hm"], means["hm"] = (harmonic_mean(x["base"], x["new"]) for x in (complete, means))
+            table["hm"], means["hm"] = (
+                harmonic_mean(x["base"], x["new"]) for x in (complete, means)
+            )
         for split in (*SPLITS, "hm_of_tasks"):
             if split in means:
                 _, low, high = interval(table[split], level)
@@ -267,29 +358,37 @@ def _average(cells, protocol, level):
                 }  # fmt: skip
 
 
-# --- the papers' own numbers --------------------------------------------------------------------------------
+# --- the papers' own numbers ----------------------------------------------------------
 
 
 def paper_numbers(variants=False, **filters) -> pd.DataFrame:
-    """What the papers report, with paper (arXiv id, or the proceedings where there is none) and table.
+    """What the papers report, with paper (arXiv id, or the proceedings where there is
+    none) and table.
 
-    ``metric`` is "base", "new", "hm" or "accuracy", values in percent and as printed, misprints included. In
-    cross-dataset and domain-generalization rows ``dataset`` is the target; the source is ImageNet.
-    ``dataset="average"`` rows are the averages that the paper prints over the datasets of the protocol,
-    "average_8" those over eight datasets of its own choice. A method that needs no labels has 0 shots.
+    ``metric`` is "base", "new", "hm" or "accuracy", values in percent and as printed,
+    misprints included. In cross-dataset and domain-generalization rows ``dataset`` is
+    the target; the source is ImageNet. ``dataset="average"`` rows are the averages that
+    the paper prints over the datasets of the protocol, "average_8" those over eight
+    datasets of its own choice. A method that needs no labels has 0 shots.
 
-    ``variant`` is empty for a method as its paper runs it, and tells ablations, teachers and other authors'
-    reruns apart ("rerun", "without selection", "64 images a class"). Those rows are left out unless they are
-    asked for.
+    ``variant`` is empty for a method as its paper runs it, and tells ablations,
+    teachers and other authors' reruns apart ("rerun", "without selection", "64 images a
+    class"). Those rows are left out unless they are asked for.
 
     Args:
         variants: rows with a variant too.
-        filters: column=value or column=[values] to keep; one by ``variant`` looks at all rows.
+        filters: column=value or column=[values] to keep; one by ``variant`` looks at
+            all rows.
 
     Returns:
-        Columns paper, table, method, protocol, dataset, metric, shots, backbone, value, variant.
+        Columns paper, table, method, protocol, dataset, metric, shots, backbone, value,
+        variant.
     """
-    with resources.files("promptkit").joinpath("assets/papers.csv").open(encoding="utf-8") as file:
+    with (
+        resources.files("promptkit")
+        .joinpath("assets/papers.csv")
+        .open(encoding="utf-8") as file
+    ):
         rows = pd.read_csv(file, dtype={"paper": str}, keep_default_na=False)
     if not variants and "variant" not in filters:
         rows = rows[rows["variant"] == ""]
@@ -297,10 +396,11 @@ def paper_numbers(variants=False, **filters) -> pd.DataFrame:
 
 
 def mini_runs(**filters) -> pd.DataFrame:
-    """The runs of the leaderboard, which come with the package: base-to-new on all tasks of the mini world.
+    """The runs of the leaderboard, which come with the package: base-to-new on all
+    tasks of the mini world.
 
-    They were made by the commands on the leaderboard's page and are here for claims that need more runs than a
-    chapter has time for.
+    They were made by the commands on the leaderboard's page and are here for claims
+    that need more runs than a chapter has time for.
 
     Args:
         filters: column=value or column=[values] to keep.
@@ -308,52 +408,75 @@ def mini_runs(**filters) -> pd.DataFrame:
     Returns:
         Tidy rows as those of any sweep, with the columns ``IDENTITY`` and ``value``.
     """
-    with resources.files("promptkit").joinpath("assets/mini_runs.csv").open(encoding="utf-8") as file:
+    with (
+        resources.files("promptkit")
+        .joinpath("assets/mini_runs.csv")
+        .open(encoding="utf-8") as file
+    ):
         return _filtered(pd.read_csv(file, keep_default_na=False), filters)
 
 
-def compare(runs: pd.DataFrame, papers: pd.DataFrame | None = None, level=0.95, how="left") -> pd.DataFrame:
-    """Our means beside the papers' numbers, joined by method, protocol, dataset (or target), split and shots.
+def compare(
+    runs: pd.DataFrame, papers: pd.DataFrame | None = None, level=0.95, how="left"
+) -> pd.DataFrame:
+    """Our means beside the papers' numbers, joined by method, protocol, dataset (or
+    target), split and shots.
 
     Args:
-        runs: tidy rows of runs (averages are made here, so that average rows meet average rows).
+        runs: tidy rows of runs (averages are made here, so that average rows meet
+            average rows).
         papers: rows of :func:`paper_numbers`; by default all without a variant.
         how: "left" keeps every number of ours, "inner" those that a paper reports too.
 
     Returns:
-        Columns of :func:`summarise` and ``reported``, ``difference`` (ours - reported), ``paper``, ``table``,
-        ``backbone``, ``variant``.
+        Columns of :func:`summarise` and ``reported``, ``difference`` (ours - reported),
+        ``paper``, ``table``, ``backbone``, ``variant``.
     """
     ours = summarise(runs, level)
     papers = paper_numbers() if papers is None else papers
-    papers = papers.assign(split=papers["metric"].replace("accuracy", "all"), target=papers["dataset"])
-    papers = papers.rename(columns={"value": "reported"}).drop(columns=["metric", "dataset"])
-    joined = ours.merge(papers, on=["method", "protocol", "target", "split", "shots"], how=how)
+    papers = papers.assign(
+        split=papers["metric"].replace("accuracy", "all"), target=papers["dataset"]
+    )
+    papers = papers.rename(columns={"value": "reported"}).drop(
+        columns=["metric", "dataset"]
+    )
+    joined = ours.merge(
+        papers, on=["method", "protocol", "target", "split", "shots"], how=how
+    )
     return joined.assign(difference=joined["mean"] - joined["reported"])
 
 
-# --- claims -------------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------
 
 
-def differences(runs: pd.DataFrame, a: str, b: str, split: str | None = None, average=False) -> pd.Series:
-    """Paired differences ``a - b`` of two methods on the same task, target, split, shots and seed.
+def differences(
+    runs: pd.DataFrame, a: str, b: str, split: str | None = None, average=False
+) -> pd.Series:
+    """Paired differences ``a - b`` of two methods on the same task, target, split,
+    shots and seed.
 
-    A method that has neither shots nor a seed (zero-shot CLIP) is paired with every run of the other.
+    A method that has neither shots nor a seed (zero-shot CLIP) is paired with every run
+    of the other.
 
     Args:
-        runs: tidy rows; ``a`` and ``b`` are names in its column ``method``, or ``"method | options"``.
+        runs: tidy rows; ``a`` and ``b`` are names in its column ``method``, or
+            ``"method | options"``.
         split: keep one of "base", "new", "hm", "all".
-        average: average over the tasks first ("hm" as the harmonic mean of the averages, sources of a
-            transfer left out): one difference a seed and number of shots, for claims about the average over
-            exactly these tasks.
+        average: average over the tasks first ("hm" as the harmonic mean of the
+            averages, sources of a transfer left out): one difference a seed and number
+            of shots, for claims about the average over exactly these tasks.
 
     Raises:
-        InputError: a method has no rows, has several for one measurement, or nothing of the two is paired.
+        InputError: a method has no rows, has several for one measurement, or nothing of
+            the two is paired.
     """
     left, right = _side(runs, a), _side(runs, b)
     for key in ("shots", "seed"):  # 0 where a method has none
         if (left[key] == 0).all() != (right[key] == 0).all():
-            left, right = (side.drop(columns=key) if (side[key] == 0).all() else side for side in (left, right))
+            left, right = (
+                side.drop(columns=key) if (side[key] == 0).all() else side
+                for side in (left, right)
+            )
     keys = [key for key in left if key in right and key != "value"]
     pairs = left.merge(right, on=keys, suffixes=("_a", "_b"))
     if average:
@@ -362,14 +485,19 @@ def differences(runs: pd.DataFrame, a: str, b: str, split: str | None = None, av
         pairs = pairs[pairs["split"] == split]
     if not len(pairs):
         raise InputError(
-            f"nothing was measured for both {a!r} and {b!r} on the same task" + (f" ({split})" if split else "")
+            f"nothing was measured for both {a!r} and {b!r} on the same task"
+            + (f" ({split})" if split else "")
         )
-    pairs = pairs.set_index(["protocol", "dataset", "target", "split", "shots", "seed"]).sort_index()
+    pairs = pairs.set_index(
+        ["protocol", "dataset", "target", "split", "shots", "seed"]
+    ).sort_index()
     return (pairs["value_a"] - pairs["value_b"]).rename(f"{a} - {b}")
 
 
 def label(runs: pd.DataFrame) -> pd.Series:
-    """What tables and figures call a row's method: its name, and the options that were given to it if any."""
+    """What tables and figures call a row's method: its name, and the options that were
+    given to it if any.
+    """
     options = runs["options"].fillna("").astype(str)
     return runs["method"].where(options == "", runs["method"] + " | " + options)
 
@@ -379,11 +507,15 @@ def _side(runs, name):
     rows = runs[names == name]
     rows = rows if len(rows) else runs[runs["method"] == name]
     if not len(rows):
-        raise InputError(f"no runs of {name!r} to compare; there are {', '.join(sorted(set(names))) or 'none at all'}")
+        raise InputError(
+            f"no runs of {name!r} to compare; there are"
+            f" {', '.join(sorted(set(names))) or 'none at all'}"
+        )
     keys = ["protocol", "dataset", "target", "split", "shots", "seed"]
     if rows.duplicated(keys).any():
         raise InputError(
-            f"several runs of {name!r} measure the same; name one as 'method | options', or filter the rows"
+            f"several runs of {name!r} measure the same; name one as 'method |"
+            " options', or filter the rows"
         )
     return rows[[*keys, "value"]]
 
@@ -391,9 +523,13 @@ def _side(runs, name):
 def _average_pairs(pairs):
     transfer = pairs["protocol"].isin(TRANSFER)
     pairs = pairs[~transfer | (pairs["dataset"] != pairs["target"])]
-    groups = pairs.groupby(["protocol", "shots", "seed", "split"])[["value_a", "value_b"]]
+    groups = pairs.groupby(["protocol", "shots", "seed", "split"])[
+        ["value_a", "value_b"]
+    ]
     means, count = groups.mean(), groups.size()
-    means = means[count == count.groupby(level=["protocol", "shots", "split"]).transform("max")]  # complete seeds alone
+    means = means[
+        count == count.groupby(level=["protocol", "shots", "split"]).transform("max")
+    ]  # complete seeds alone
     wide = means.unstack("split")
     for side in ("value_a", "value_b"):
         if {"base", "new"} <= set(wide[side]):
@@ -404,11 +540,15 @@ def _average_pairs(pairs):
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper and what the runs say about it; made by :func:`check_claim`."""
+    """A sentence of a paper and what the runs say about it; made by
+    :func:`check_claim`.
+    """
 
     text: str
     verdict: str  # "holds", "does not hold" or "undecided"
-    estimate: float  # mean difference, in the units of the differences (percentage points)
+    estimate: (
+        float  # mean difference, in the units of the differences (percentage points)
+    )
     low: float
     high: float
     n: int
@@ -420,32 +560,47 @@ class Claim:
         return asdict(self)
 
     def measured(self) -> str:
-        """Estimate and interval in words, e.g. ``+8.1 [+6.9, +9.3], 95 % interval, n = 3``."""
+        """Estimate and interval in words, e.g. ``+8.1 [+6.9, +9.3], 95 % interval, n =
+        3``.
+        """
         interval = f" [{self.low:+.1f}, {self.high:+.1f}], {self.level:.0%} interval"
-        return f"{self.estimate:+.1f}{', no interval' if math.isnan(self.low) else interval}, n = {self.n}"
+        return (
+            f"{self.estimate:+.1f}{', no interval' if math.isnan(self.low) else interval},"
+            f" n = {self.n}"
+        )
 
     def __str__(self):
-        return f"{self.verdict.upper()}: {self.text} (asked: {self.criterion}; measured: {self.measured()})"
+        return (
+            f"{self.verdict.upper()}: {self.text} (asked: {self.criterion}; measured:"
+            f" {self.measured()})"
+        )
 
     def _repr_html_(self):
-        line = {"holds": "solid", "does not hold": "double", "undecided": "dashed"}[self.verdict]
+        line = {"holds": "solid", "does not hold": "double", "undecided": "dashed"}[
+            self.verdict
+        ]
         details = html.escape(f"asked: {self.criterion}; measured: {self.measured()}")
         return (
-            f'<div style="border-left: 6px {line} #555; padding: .2em .8em; margin: .4em 0">'
-            f"<strong>{self.verdict}</strong>: {html.escape(self.text)}<br><small>{details}</small></div>"
+            f'<div style="border-left: 6px {line} #555; padding: .2em .8em; margin:'
+            f' .4em 0"><strong>{self.verdict}</strong>:'
+            f" {html.escape(self.text)}<br><small>{details}</small></div>"
         )
 
 
-def check_claim(text: str, differences, at_least=0.0, within: float | None = None, level=0.95) -> Claim:
+def check_claim(
+    text: str, differences, at_least=0.0, within: float | None = None, level=0.95
+) -> Claim:
     """Decide a claim about a mean difference by its confidence interval.
 
-    "A beats B by d or more" holds when the whole interval of A - B lies above d, does not hold when it lies
-    below d, and is undecided in between or with fewer than two differences. With ``within`` the claim is "A
-    is near B": it holds when the interval lies inside +-within and does not when it lies outside.
+    "A beats B by d or more" holds when the whole interval of A - B lies above d, does
+    not hold when it lies below d, and is undecided in between or with fewer than two
+    differences. With ``within`` the claim is "A is near B": it holds when the interval
+    lies inside +-within and does not when it lies outside.
 
     Args:
         text: the claim, as a sentence.
-        differences: paired differences, independent of each other: one a seed, or one a task and seed; see
+        differences: paired differences, independent of each other: one a seed, or one a
+            task and seed; see
             :func:`differences`.
         at_least: d, in the units of the differences.
         within: half-width of "near"; replaces ``at_least``.
@@ -455,10 +610,15 @@ def check_claim(text: str, differences, at_least=0.0, within: float | None = Non
     """
     values = np.asarray(list(differences), float)
     if not len(values) or not np.isfinite(values).all():
-        raise InputError(f"the claim {text!r} needs finite differences, not {values.tolist()[:5]}")
+        raise InputError(
+            f"the claim {text!r} needs finite differences, not {values.tolist()[:5]}"
+        )
     mean, low, high = interval(values, level)
     if within is not None:
-        holds, fails = (-within < low and high < within), (low > within or high < -within)
+        holds, fails = (
+            (-within < low and high < within),
+            (low > within or high < -within),
+        )
         criterion = f"within {within:g} points"
     else:
         holds, fails = low > at_least, high < at_least
@@ -469,14 +629,27 @@ def check_claim(text: str, differences, at_least=0.0, within: float | None = Non
 
 def claims_table(claims: Iterable[Claim]) -> pd.DataFrame:
     """Claims as a table for a notebook: claim, asked, measured, verdict."""
-    rows = [{"claim": c.text, "asked": c.criterion, "measured": c.measured(), "verdict": c.verdict} for c in claims]
+    rows = [
+        {
+            "claim": c.text,
+            "asked": c.criterion,
+            "measured": c.measured(),
+            "verdict": c.verdict,
+        }
+        for c in claims
+    ]
     return pd.DataFrame(rows, columns=["claim", "asked", "measured", "verdict"])
 
 
 def save_claims(chapter: str, claims: Iterable[Claim], root=None) -> Path:
-    """Keep a chapter's claims in the results folder, for the page that collects those of all chapters."""
+    """Keep a chapter's claims in the results folder, for the page that collects those
+    of all chapters.
+    """
     rows = [claim.row() for claim in claims]
-    return write_text(results_dir(root) / "claims" / f"{chapter}.json", json.dumps(rows, indent=1) + "\n")
+    return write_text(
+        results_dir(root) / "claims" / f"{chapter}.json",
+        json.dumps(rows, indent=1) + "\n",
+    )
 
 
 def load_claims(root=None) -> dict[str, list[Claim]]:
@@ -488,7 +661,12 @@ def load_claims(root=None) -> dict[str, list[Claim]]:
     claims = {}
     for path in sorted((results_dir(root) / "claims").glob("*.json")):
         try:
-            claims[path.stem] = [Claim(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            claims[path.stem] = [
+                Claim(**row) for row in json.loads(path.read_text(encoding="utf-8"))
+            ]
         except (ValueError, TypeError) as error:
-            raise InputError(f"damaged claims file {path} ({error}); delete it and run the chapter again") from None
+            raise InputError(
+                f"damaged claims file {path} ({error}); delete it and run the chapter"
+                " again"
+            ) from None
     return claims

@@ -1,9 +1,11 @@
-"""The two frozen towers of CLIP, run block by block, with edits and without the work that cannot matter.
+"""The two frozen towers of CLIP, run block by block, with edits and without the work
+that cannot matter.
 
-The text transformer is causal and read at EOT, which has two exact consequences. Tokens after EOT change
-nothing, so a pass needs max(EOT) + 1 positions instead of 77. Tokens before the class name see nothing of the
-class, so their keys and values are computed once a group and shared by all classes, forward and backward.
-The parameters are open_clip's own; nothing is copied, and nothing in the towers learns.
+The text transformer is causal and read at EOT, which has two exact consequences. Tokens
+after EOT change nothing, so a pass needs max(EOT) + 1 positions instead of 77. Tokens
+before the class name see nothing of the class, so their keys and values are computed
+once a group and shared by all classes, forward and backward. The parameters are
+open_clip's own; nothing is copied, and nothing in the towers learns.
 """
 
 from collections.abc import Mapping
@@ -16,21 +18,32 @@ from torch.utils.checkpoint import checkpoint
 
 from promptkit.frozen import linear, mlp, packed_attention, prefix_attention
 
-__all__ = ["Edit", "Edits", "ImageTower", "Prompt", "Replace", "Span", "TextTower", "plain_text"]
+__all__ = [
+    "Edit",
+    "Edits",
+    "ImageTower",
+    "Prompt",
+    "Replace",
+    "Span",
+    "TextTower",
+    "plain_text",
+]
 
-# A pass of its own for classes of another length costs as much as this many multiply-adds of padding a layer.
+# A pass of its own for classes of another length costs as much as this many
+# multiply-adds of padding a layer.
 _BUCKET = 2e6
 
 
 @dataclass
 class Prompt:
-    """Input of the text tower, before positional embeddings. D is the text width, C the number of classes.
+    """Input of the text tower, before positional embeddings. D is the text width, C the
+    number of classes.
 
     Attributes:
-        prefix (Tensor): (G, P, D), P >= 1, what all classes of a group share: SOS and the context. G is 1, or
-            one group an image.
-        suffix (Tensor): (C, T, D), or (G, C, T, D) when it differs by group: what differs by class (the name,
-            ".", EOT), padded to the longest.
+        prefix (Tensor): (G, P, D), P >= 1, what all classes of a group share: SOS and
+            the context. G is 1, or one group an image.
+        suffix (Tensor): (C, T, D), or (G, C, T, D) when it differs by group: what
+            differs by class (the name, ".", EOT), padded to the longest.
         eot (Tensor): (C,) long, position of EOT inside the suffix.
     """
 
@@ -39,10 +52,14 @@ class Prompt:
     eot: Tensor
 
     def full(self) -> Tensor:
-        """The whole sequences, (G, C, P+T, D): what `plain_text` and the official implementations work on."""
+        """The whole sequences, (G, C, P+T, D): what `plain_text` and the official
+        implementations work on.
+        """
         groups, classes = self.prefix.shape[0], self.suffix.shape[-3]
         prefix = self.prefix[:, None].expand(-1, classes, -1, -1)  # (G, C, P, D)
-        return torch.cat([prefix, self.suffix.expand(groups, -1, -1, -1)], dim=2)  # (G, C, P+T, D)
+        return torch.cat(
+            [prefix, self.suffix.expand(groups, -1, -1, -1)], dim=2
+        )  # (G, C, P+T, D)
 
 
 @dataclass(frozen=True)
@@ -51,9 +68,12 @@ class Span:
 
     Attributes:
         start (int): position, in the full sequence, of the first token of x.
-        groups (slice): the groups (text tower) or images (image tower) of x among all of the call.
-        classes (slice | Tensor | None): the classes of x among all of the call, to index with:
-            `tokens[span.classes]`. None where x is shared by all classes, and in the image tower.
+        groups (slice): the groups (text tower) or images (image tower) of x among all
+            of the call.
+        classes (slice | Tensor | None): the classes of x among all of the call, to
+            index with:
+            `tokens[span.classes]`. None where x is shared by all classes, and in the
+            image tower.
     """
 
     start: int
@@ -62,38 +82,51 @@ class Span:
 
 
 class Edit:
-    """What a method does between the blocks of a tower; the identity until methods are overridden.
+    """What a method does between the blocks of a tower; the identity until methods are
+    overridden.
 
-    x is (G, P, D) for the prefix that the classes of each group share, (G, c, T, D) for (a chunk of) the
-    classes' suffixes, and (B, N, D) in the image tower; always float32. Every hook must be a pure function of
-    its arguments and the learned parameters: it sees one sequence in several parts, and is called again when
+    x is (G, P, D) for the prefix that the classes of each group share, (G, c, T, D) for
+    (a chunk of) the classes' suffixes, and (B, N, D) in the image tower; always
+    float32. Every hook must be a pure function of its arguments and the learned
+    parameters: it sees one sequence in several parts, and is called again when
     activations are recomputed in the backward pass.
     """
 
     def before(self, layer: int, x: Tensor, span: Span) -> Tensor:
-        """The input of block `layer` (counted from 0); returns a tensor of the shape of x."""
+        """The input of block `layer` (counted from 0); returns a tensor of the shape of
+        x.
+        """
         return x
 
     def after(self, layer: int, x_in: Tensor, x_out: Tensor, span: Span) -> Tensor:
-        """The output of block `layer`, given its input; returns a tensor of the shape of x_out."""
+        """The output of block `layer`, given its input; returns a tensor of the shape
+        of x_out.
+        """
         return x_out
 
     def branch(self, layer: int, part: str, h: Tensor, span: Span) -> Tensor:
-        """The residual branch "attn" or "mlp" of block `layer` before it is added to the stream."""
+        """The residual branch "attn" or "mlp" of block `layer` before it is added to
+        the stream.
+        """
         return h
 
     def shared(self, layer: int, length: int) -> int:
-        """How many of the first `length` positions are still the same for all classes at the input of
-        `layer`.
+        """How many of the first `length` positions are still the same for all classes
+        at the input of `layer`.
 
-        An edit that makes prefix tokens differ by class must say so here, before `before` is called.
+        An edit that makes prefix tokens differ by class must say so here, before
+        `before` is called.
         """
         return length
 
     @property
     def all_rows(self) -> bool:
-        """Whether the last block must compute every position rather than the one that is read."""
-        return type(self).after is not Edit.after or type(self).branch is not Edit.branch
+        """Whether the last block must compute every position rather than the one that
+        is read.
+        """
+        return (
+            type(self).after is not Edit.after or type(self).branch is not Edit.branch
+        )
 
 
 class Edits(Edit):
@@ -132,13 +165,15 @@ class Edits(Edit):
 
 
 class Replace(Edit):
-    """Deep prompts: at the input of some blocks, tokens at given positions are thrown away and replaced.
+    """Deep prompts: at the input of some blocks, tokens at given positions are thrown
+    away and replaced.
 
     Args:
-        prompts (Mapping[int, tuple[int, Tensor]]): block -> (start, tokens). The tokens take positions
-            start .. start + n - 1 of the full sequence (the image tower's class token is position 0) and are
-            (n, D); in the text tower also (C, n, D) by class or (G, 1 or C, n, D) by group; in the image
-            tower also (B, n, D) by image.
+        prompts (Mapping[int, tuple[int, Tensor]]): block -> (start, tokens). The tokens
+            take positions start .. start + n - 1 of the full sequence (the image
+            tower's class token is position 0) and are (n, D); in the text tower also
+            (C, n, D) by class or (G, 1 or C, n, D) by group; in the image tower also
+            (B, n, D) by image.
     """
 
     def __init__(self, prompts: Mapping[int, tuple[int, Tensor]]):
@@ -175,19 +210,23 @@ class Replace(Edit):
 
 
 def plain_text(model: nn.Module, embeddings: Tensor, eot: Tensor) -> Tensor:
-    """The plain full-length pass of open_clip: what `TextTower` must reproduce, and is measured against.
+    """The plain full-length pass of open_clip: what `TextTower` must reproduce, and is
+    measured against.
 
     Args:
         model (nn.Module): an `open_clip.CLIP`.
-        embeddings (Tensor): (N, L, D) token embeddings, L at most the context length; padded to it with
-            zeros.
+        embeddings (Tensor): (N, L, D) token embeddings, L at most the context length;
+            padded to it with zeros.
         eot (Tensor): (N,) position of EOT.
 
     Returns:
         Tensor: (N, E), not normalised.
     """
     length = model.positional_embedding.shape[0]
-    x = F.pad(embeddings, (0, 0, 0, length - embeddings.shape[1])) + model.positional_embedding  # (N, 77, D)
+    x = (
+        F.pad(embeddings, (0, 0, 0, length - embeddings.shape[1]))
+        + model.positional_embedding
+    )  # (N, 77, D)
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
     x = x[torch.arange(len(x), device=x.device), eot]  # (N, D)
     project = model.text_projection
@@ -195,9 +234,11 @@ def plain_text(model: nn.Module, embeddings: Tensor, eot: Tensor) -> Tensor:
 
 
 class _Block:
-    """One residual attention block of open_clip, in pieces: x + attn(ln_1(x)), then x + mlp(ln_2(x)).
+    """One residual attention block of open_clip, in pieces: x + attn(ln_1(x)), then x +
+    mlp(ln_2(x)).
 
-    The residual stream and the layer norms are float32; matrix products run in the dtype of their weights.
+    The residual stream and the layer norms are float32; matrix products run in the
+    dtype of their weights.
     """
 
     def __init__(self, module: nn.Module):
@@ -219,10 +260,16 @@ class _Block:
         """The parts of (B, N, kD), each (B, H, N, d)."""
         B, N, D = qkv.shape
         d = self.module.attn.head_dim
-        return qkv.view(B, N, D // (self.heads * d), self.heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        return (
+            qkv.view(B, N, D // (self.heads * d), self.heads, d)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
 
     def finish(self, x: Tensor, attended: Tensor, branch=None) -> Tensor:
-        """The block's output, given its input x and the concatenated heads, both (..., D)."""
+        """The block's output, given its input x and the concatenated heads, both (...,
+        D).
+        """
         m = self.module
         h = m.ls_1(linear(attended, m.attn.out_proj.weight, m.attn.out_proj.bias))
         x = x + (branch("attn", h.float()) if branch else h)
@@ -239,8 +286,9 @@ class TextTower:
 
     Args:
         model (nn.Module): an `open_clip.CLIP` with a causal text tower.
-        budget (int): bytes of activations that may be kept for the backward pass. What does not fit is
-            computed in chunks of classes, and again in the backward pass.
+        budget (int): bytes of activations that may be kept for the backward pass. What
+            does not fit is computed in chunks of classes, and again in the backward
+            pass.
     """
 
     def __init__(self, model: nn.Module, budget: int):
@@ -257,12 +305,14 @@ class TextTower:
             tokens (bool): also return the features of all positions.
 
         Returns:
-            Tensor: (G, C, E), not normalised; with tokens, a pair of it and (G, C, N, E): every position
-                through the final layer norm and projection, zero after a class's EOT, where N is the longest
-                sequence up to its EOT.
+            Tensor: (G, C, E), not normalised; with tokens, a pair of it and (G, C, N,
+                E): every position through the final layer norm and projection, zero
+                after a class's EOT, where N is the longest sequence up to its EOT.
         """
         learns = torch.is_grad_enabled() and (
-            edit is not None or prompt.prefix.requires_grad or prompt.suffix.requires_grad
+            edit is not None
+            or prompt.prefix.requires_grad
+            or prompt.suffix.requires_grad
         )
         with torch.set_grad_enabled(learns):
             return self._run(prompt, edit, tokens, learns)
@@ -270,7 +320,9 @@ class TextTower:
     def _run(self, prompt, edit, tokens, learns):
         G, P, _ = prompt.prefix.shape
         C = prompt.suffix.shape[-3]
-        suffix = prompt.suffix if prompt.suffix.dim() == 4 else prompt.suffix[None]  # (1 or G, C, T, D)
+        suffix = (
+            prompt.suffix if prompt.suffix.dim() == 4 else prompt.suffix[None]
+        )  # (1 or G, C, T, D)
         packable = edit is None and not tokens
         edit = edit or Edit()
         moved = P - min(edit.shared(layer, P) for layer in range(len(self.blocks)))
@@ -279,9 +331,12 @@ class TextTower:
             return self._packed(prompt.prefix, suffix, plan.packing)
         whole = plan.chunks[0].classes is None
         if not whole and suffix.requires_grad:
-            # The gradient of an index or a slice is as large as what it reads; that of a split is not.
+            # The gradient of an index or a slice is as large as what it reads; that of
+            # a split is not.
             order = torch.cat([chunk.classes for chunk in plan.chunks])
-            parts = suffix.index_select(1, order).split([len(chunk.classes) for chunk in plan.chunks], dim=1)
+            parts = suffix.index_select(1, order).split(
+                [len(chunk.classes) for chunk in plan.chunks], dim=1
+            )
         rows = []
         first = 0
         per_group = len(suffix) > 1
@@ -289,7 +344,9 @@ class TextTower:
         for i, prefix in enumerate(prompt.prefix.split(plan.groups)):  # (g, P, D)
             groups = slice(first, first + len(prefix))
             first = groups.stop
-            shared = _run(plan.recompute_prefix, self._prefix, prefix, edit, groups, tokens)
+            shared = _run(
+                plan.recompute_prefix, self._prefix, prefix, edit, groups, tokens
+            )
             row = []
             for j, chunk in enumerate(plan.chunks):
                 if whole:
@@ -297,15 +354,33 @@ class TextTower:
                 elif suffix.requires_grad:
                     part = parts[j].split(plan.groups)[i] if per_group else parts[j]
                 else:
-                    part = (suffixes[i] if per_group else suffix).index_select(1, chunk.classes)
+                    part = (suffixes[i] if per_group else suffix).index_select(
+                        1, chunk.classes
+                    )
                 span = Span(P, groups, slice(0, C) if whole else chunk.classes)
                 part = part[:, :, : chunk.length]  # (1 or g, c, T, D)
-                row.append(_run(plan.recompute, self._classes, part, shared, chunk, edit, span, tokens))
+                row.append(
+                    _run(
+                        plan.recompute,
+                        self._classes,
+                        part,
+                        shared,
+                        chunk,
+                        edit,
+                        span,
+                        tokens,
+                    )
+                )
             rows.append(row)
-        features = torch.cat([torch.cat([f for f, _ in row], dim=1) for row in rows])  # (G, C, E)
+        features = torch.cat(
+            [torch.cat([f for f, _ in row], dim=1) for row in rows]
+        )  # (G, C, E)
         if tokens:
             longest = max(chunk.length for chunk in plan.chunks) + P
-            local = [[F.pad(t, (0, 0, 0, longest - t.shape[2])) for _, t in row] for row in rows]
+            local = [
+                [F.pad(t, (0, 0, 0, longest - t.shape[2])) for _, t in row]
+                for row in rows
+            ]
             local = torch.cat([torch.cat(row, dim=1) for row in local])  # (G, C, N, E)
         if not whole:
             back = torch.cat([chunk.classes for chunk in plan.chunks]).argsort()
@@ -314,24 +389,38 @@ class TextTower:
         return (features, local) if tokens else features
 
     def _packed(self, prefix, suffix, packing):
-        """Features (G, C, E) in one pass over the rows of the prefix and of all classes, without padding."""
+        """Features (G, C, E) in one pass over the rows of the prefix and of all
+        classes, without padding.
+        """
         G, P, D = prefix.shape
         T, position = packing.length, self.model.positional_embedding
         own = suffix[:, :, :T].float() + position[P : P + T]
-        own = own.flatten(1, 2) if packing.keep is None else own.flatten(1, 2).index_select(1, packing.keep)
-        x = torch.cat([prefix.float() + position[:P], own.expand(G, -1, -1)], dim=1)  # (G, P+R, D)
+        own = (
+            own.flatten(1, 2)
+            if packing.keep is None
+            else own.flatten(1, 2).index_select(1, packing.keep)
+        )
+        x = torch.cat(
+            [prefix.float() + position[:P], own.expand(G, -1, -1)], dim=1
+        )  # (G, P+R, D)
         for layer, block in enumerate(self.blocks):
-            h = packed_attention(block.qkv(x), block.heads, P, suffix.shape[1], packing.pad, packing.keep)
+            h = packed_attention(
+                block.qkv(x), block.heads, P, suffix.shape[1], packing.pad, packing.keep
+            )
             if layer + 1 == len(self.blocks):
-                x, h = x.index_select(1, packing.read), h.index_select(1, packing.read)  # (G, C, D)
+                x, h = (
+                    x.index_select(1, packing.read),
+                    h.index_select(1, packing.read),
+                )  # (G, C, D)
             x = block.finish(x, h)
         return self._project(x)
 
     def _prefix(self, x, edit, groups, tokens):
         """What the classes of each group share.
 
-        Returns, for each block, the prefix's keys and values (G, H, n, d) and the states (G, k, D) of those
-        tokens that differ by class from this block on; and, if `tokens`, the features of what stayed shared.
+        Returns, for each block, the prefix's keys and values (G, H, n, d) and the
+        states (G, k, D) of those tokens that differ by class from this block on; and,
+        if `tokens`, the features of what stayed shared.
         """
         x = x.float() + self.model.positional_embedding[: x.shape[1]]  # (G, P, D)
         span = Span(0, groups, None)
@@ -345,16 +434,27 @@ class TextTower:
             if layer + 1 < len(self.blocks) or tokens:
                 attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
                 attended = attended.transpose(1, 2).flatten(2)  # (G, n, D)
-                x = edit.after(layer, x, block.finish(x, attended, _branch(edit, layer, span)), span)
+                x = edit.after(
+                    layer,
+                    x,
+                    block.finish(x, attended, _branch(edit, layer, span)),
+                    span,
+                )
         return shared, self._project(x) if tokens else None
 
     def _classes(self, x, shared, chunk, edit, span, tokens):
-        """Features (G, c, E) of a chunk of classes, x (1 or G, c, T, D); of all rows too, if `tokens`."""
+        """Features (G, c, E) of a chunk of classes, x (1 or G, c, T, D); of all rows
+        too, if `tokens`.
+        """
         states, prefix_features = shared
         P, G, c, T = span.start, len(states[0][0]), *x.shape[1:3]
-        x = (x.float() + self.model.positional_embedding[P : P + T]).expand(G, -1, -1, -1)
+        x = (x.float() + self.model.positional_embedding[P : P + T]).expand(
+            G, -1, -1, -1
+        )
         every = tokens or edit.all_rows
-        for layer, (block, (k, v, moved)) in enumerate(zip(self.blocks, states, strict=True)):
+        for layer, (block, (k, v, moved)) in enumerate(
+            zip(self.blocks, states, strict=True)
+        ):
             if moved is not None:
                 x = torch.cat([moved[:, None].expand(-1, c, -1, -1), x], dim=2)
                 span = Span(span.start - moved.shape[1], span.groups, span.classes)
@@ -362,25 +462,41 @@ class TextTower:
             attended = prefix_attention(block.qkv(x), k, v)  # (G, c, T, D)
             if layer + 1 == len(self.blocks) and not every:
                 x, attended = chunk.read(x), chunk.read(attended)  # (G, c, D)
-            x = edit.after(layer, x, block.finish(x, attended, _branch(edit, layer, span)), span)
+            x = edit.after(
+                layer, x, block.finish(x, attended, _branch(edit, layer, span)), span
+            )
         if not every:
             return self._project(x), None
         if not tokens:
             return self._project(chunk.read(x)), None
         own = self._project(x)  # (G, c, T, E)
-        within = torch.arange(x.shape[2], device=x.device) < chunk.eot[:, None] + 1 + x.shape[2] - T  # (c, T)
-        local = torch.cat([prefix_features[:, None].expand(-1, c, -1, -1), own * within[..., None]], dim=2)
+        within = (
+            torch.arange(x.shape[2], device=x.device)
+            < chunk.eot[:, None] + 1 + x.shape[2] - T
+        )  # (c, T)
+        local = torch.cat(
+            [prefix_features[:, None].expand(-1, c, -1, -1), own * within[..., None]],
+            dim=2,
+        )
         return chunk.read(own), local
 
     def _project(self, x):
         m = self.model
-        x = F.layer_norm(x, m.ln_final.normalized_shape, m.ln_final.weight, m.ln_final.bias, m.ln_final.eps)
+        x = F.layer_norm(
+            x,
+            m.ln_final.normalized_shape,
+            m.ln_final.weight,
+            m.ln_final.bias,
+            m.ln_final.eps,
+        )
         if isinstance(m.text_projection, nn.Linear):
             return linear(x, m.text_projection.weight, m.text_projection.bias).float()
         return linear(x, m.text_projection.t()).float()
 
     def _plan(self, eot, G, P, moved, learns, packable):
-        """Which groups and classes run together: by length, so that little is padded, within the budget."""
+        """Which groups and classes run together: by length, so that little is padded,
+        within the budget.
+        """
         key = (id(eot), eot._version, G, P, moved, learns, packable, self.budget)
         if key not in self._plans:
             if len(self._plans) >= 64:
@@ -393,9 +509,15 @@ class TextTower:
         D, cpu = self.model.ln_final.normalized_shape[0], eot.device.type == "cpu"
         lengths = [n + 1 for n in eot.tolist()]
         # On a GPU launches dominate.
-        buckets = _buckets(lengths, moved, overhead=_BUCKET * (1 if cpu else 100) / D**2)
-        per_token = len(self.blocks) * 4 * (10 * D + self.blocks[0].heads * (P + max(lengths)))
-        tokens_per_group = sum(len(classes) * (length + moved) for classes, length in buckets)
+        buckets = _buckets(
+            lengths, moved, overhead=_BUCKET * (1 if cpu else 100) / D**2
+        )
+        per_token = (
+            len(self.blocks) * 4 * (10 * D + self.blocks[0].heads * (P + max(lengths)))
+        )
+        tokens_per_group = sum(
+            len(classes) * (length + moved) for classes, length in buckets
+        )
         recompute = learns and G * tokens_per_group * per_token > self.budget
         if learns:
             capacity = (self.budget // 4 if recompute else self.budget) // per_token
@@ -403,33 +525,58 @@ class TextTower:
             capacity = (min(self.budget, 2**27) if cpu else self.budget) // (4 * 24 * D)
         # Packed, the padding costs attention alone.
         padded = len(lengths) * max(lengths)
-        if packable and not recompute and padded <= 3 * sum(lengths) and G * sum(lengths) <= capacity:
+        if (
+            packable
+            and not recompute
+            and padded <= 3 * sum(lengths)
+            and G * sum(lengths) <= capacity
+        ):
             return _Plan(packing=_Packing.of(lengths, P, eot.device))
         groups = max(1, min(G, capacity // tokens_per_group))
         chunks = []
         for classes, length in buckets:
             step = max(1, capacity // (groups * (length + moved)))
-            chunks += [(classes[i : i + step], length) for i in range(0, len(classes), step)]
-        chunks = [_Chunk.of(classes, length, eot, whole=len(chunks) == 1) for classes, length in chunks]
-        return _Plan(groups, chunks, recompute, recompute and G * P * per_token > self.budget // 8)
+            chunks += [
+                (classes[i : i + step], length) for i in range(0, len(classes), step)
+            ]
+        chunks = [
+            _Chunk.of(classes, length, eot, whole=len(chunks) == 1)
+            for classes, length in chunks
+        ]
+        return _Plan(
+            groups,
+            chunks,
+            recompute,
+            recompute and G * P * per_token > self.budget // 8,
+        )
 
 
 @dataclass
 class _Packing:
-    """Rows of all classes one after another, without padding, behind the P rows of the prefix."""
+    """Rows of all classes one after another, without padding, behind the P rows of the
+    prefix.
+    """
 
     length: int  # T, the longest suffix up to its EOT
     read: Tensor  # (C,) rows of EOT
-    pad: Tensor | None  # (C T,) the row of every padded position; None when nothing is padded
+    pad: (
+        Tensor | None
+    )  # (C T,) the row of every padded position; None when nothing is padded
     keep: Tensor | None  # (R,) the padded position of every row
 
     @classmethod
     def of(cls, lengths, P, device):
-        length, ends = max(lengths), torch.tensor(lengths, device=device).cumsum(0)  # (C,)
+        length, ends = (
+            max(lengths),
+            torch.tensor(lengths, device=device).cumsum(0),
+        )  # (C,)
         read = ends + (P - 1)
         if min(lengths) == length:
             return cls(length, read, None, None)
-        within = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]  # (C, T)
+        within = (
+            torch.arange(length, device=device)
+            < torch.tensor(lengths, device=device)[:, None]
+        )  # (C, T)
         keep = within.flatten().nonzero()[:, 0]
         pad = torch.zeros(len(lengths) * length, dtype=torch.long, device=device)
         pad[keep] = P + torch.arange(len(keep), device=device)
@@ -450,11 +597,15 @@ class _Chunk:
         return cls(index, length, eot, bool((eot == length - 1).all()))
 
     def read(self, x: Tensor) -> Tensor:
-        """The rows at EOT: (G, c, n, D) -> (G, c, D), where the last T of the n positions are the suffix."""
+        """The rows at EOT: (G, c, n, D) -> (G, c, D), where the last T of the n
+        positions are the suffix.
+        """
         G, c, n, D = x.shape
         if self.ends:
             return x[:, :, -1]
-        rows = torch.arange(G * c, device=x.device) * n + (self.eot + (n - self.length)).repeat(G)
+        rows = torch.arange(G * c, device=x.device) * n + (
+            self.eot + (n - self.length)
+        ).repeat(G)
         return x.reshape(-1, D).index_select(0, rows).view(G, c, D)
 
 
@@ -467,13 +618,19 @@ class _Plan:
     packing: _Packing | None = None  # instead of all others: everything in one pass
 
 
-def _buckets(lengths: list[int], moved: int, overhead: float) -> list[tuple[list[int], int]]:
-    """Classes by length, [(classes, length)], so that padding and `overhead` tokens a bucket are least."""
+def _buckets(
+    lengths: list[int], moved: int, overhead: float
+) -> list[tuple[list[int], int]]:
+    """Classes by length, [(classes, length)], so that padding and `overhead` tokens a
+    bucket are least.
+    """
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         by_length.setdefault(length, []).append(index)
     sizes = sorted(by_length)
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first j sizes, and where its last bucket starts
+    best: list[tuple[float, int]] = [
+        (0.0, 0)
+    ]  # cost of the first j sizes, and where its last bucket starts
     for j in range(1, len(sizes) + 1):
         options, count = [], 0
         for i in range(j - 1, -1, -1):
@@ -483,19 +640,29 @@ def _buckets(lengths: list[int], moved: int, overhead: float) -> list[tuple[list
     buckets, j = [], len(sizes)
     while j:
         i = best[j][1]
-        buckets.append((sorted(sum((by_length[n] for n in sizes[i:j]), [])), sizes[j - 1]))
+        buckets.append(
+            (sorted(sum((by_length[n] for n in sizes[i:j]), [])), sizes[j - 1])
+        )
         j = i
     return buckets[::-1]
 
 
 def _run(recompute: bool, function, *args):
-    return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
+    return (
+        checkpoint(function, *args, use_reentrant=False)
+        if recompute
+        else function(*args)
+    )
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of queries (B, H, M, d) over keys and values (B, H, N, d)."""
-    if q.device.type == "cpu" and k.shape[2] <= 64:  # torch's own is made for long sequences
-        probs = torch.softmax((q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float(), dim=-1)  # (B, H, M, N)
+    if (
+        q.device.type == "cpu" and k.shape[2] <= 64
+    ):  # torch's own is made for long sequences
+        probs = torch.softmax(
+            (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float(), dim=-1
+        )  # (B, H, M, N)
         return probs.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -511,7 +678,9 @@ class ImageTower:
     def __init__(self, model: nn.Module, budget: int):
         self.visual, self.budget = model.visual, budget
         self.blocks = [_Block(module) for module in model.visual.transformer.resblocks]
-        self.length = len(self.visual.positional_embedding)  # the class token and the patches; prompts stand behind
+        self.length = len(
+            self.visual.positional_embedding
+        )  # the class token and the patches; prompts stand behind
 
     def __call__(
         self,
@@ -524,24 +693,31 @@ class ImageTower:
         """Features of images.
 
         Args:
-            images (Tensor): (B, 3, H, W), already normalised by the model's mean and std.
-            prompt (Tensor | None): (n, Dv) or (B, n, Dv), tokens appended after the patches: without
-                positional embedding, through ln_pre like the others.
+            images (Tensor): (B, 3, H, W), already normalised by the model's mean and
+                std.
+            prompt (Tensor | None): (n, Dv) or (B, n, Dv), tokens appended after the
+                patches: without positional embedding, through ln_pre like the others.
             edit (Edit | None): what to change between the blocks.
             tokens (bool): also return the patches' features.
-            attention (bool): also return the class token's attention to the patches in the last block.
+            attention (bool): also return the class token's attention to the patches in
+                the last block.
 
         Returns:
-            Tensor: (B, E), not normalised. With tokens or attention, a tuple of it, then the N patch tokens
-                through ln_post and proj (B, N, E), then the attention (B, N), a softmax over all positions
-                averaged over heads.
+            Tensor: (B, E), not normalised. With tokens or attention, a tuple of it,
+                then the N patch tokens through ln_post and proj (B, N, E), then the
+                attention (B, N), a softmax over all positions averaged over heads.
         """
         B = len(images)
         learns = torch.is_grad_enabled() and (
-            edit is not None or (prompt is not None and prompt.requires_grad) or images.requires_grad
+            edit is not None
+            or (prompt is not None and prompt.requires_grad)
+            or images.requires_grad
         )
         extra = 0 if prompt is None else prompt.shape[-2]
-        D, length = self.visual.conv1.out_channels, self.visual.positional_embedding.shape[0] + extra
+        D, length = (
+            self.visual.conv1.out_channels,
+            self.visual.positional_embedding.shape[0] + extra,
+        )
         per_image = length * 4 * 10 * D * (len(self.blocks) if learns else 2)
         recompute = learns and B * per_image > self.budget
         room = self.budget
@@ -550,7 +726,9 @@ class ImageTower:
         elif not learns and images.device.type == "cpu":
             room = min(room, 2**28)  # larger parts leave the cache
         step = max(1, room // per_image)
-        prompts = prompt.split(step) if prompt is not None and prompt.dim() == 3 else None
+        prompts = (
+            prompt.split(step) if prompt is not None and prompt.dim() == 3 else None
+        )
         with torch.set_grad_enabled(learns):
             outs = []
             for i, part in enumerate(images.split(step)):
@@ -558,14 +736,22 @@ class ImageTower:
                 own = prompts[i] if prompts else prompt
                 args = part, own, edit or Edit(), groups, tokens, attention
                 outs.append(_run(recompute, self._images, *args))
-        outs = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*outs, strict=True))
+        outs = tuple(
+            torch.cat(parts) if len(parts) > 1 else parts[0]
+            for parts in zip(*outs, strict=True)
+        )
         return outs if len(outs) > 1 else outs[0]
 
     def _images(self, images, prompt, edit, groups, tokens, attention):
         v, B = self.visual, len(images)
-        x = v.conv1(images.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2).float()  # (B, N, D)
+        x = (
+            v.conv1(images.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2).float()
+        )  # (B, N, D)
         N = x.shape[1]
-        x = torch.cat([v.class_embedding.expand(B, 1, -1), x], dim=1) + v.positional_embedding
+        x = (
+            torch.cat([v.class_embedding.expand(B, 1, -1), x], dim=1)
+            + v.positional_embedding
+        )
         if prompt is not None:
             x = torch.cat([x, prompt.float().expand(B, -1, -1)], dim=1)  # (B, 1+N+n, D)
         x = v.ln_pre(x)
@@ -576,11 +762,23 @@ class ImageTower:
             q, k, value = block.split(block.qkv(x))  # (B, H, 1+N+n, d)
             if layer + 1 == len(self.blocks):
                 if attention:
-                    scores = (q[:, :, :1] @ k.transpose(-1, -2)).float()  # (B, H, 1, 1+N+n)
-                    weights = (scores * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1 : 1 + N].mean(1)  # (B, N)
+                    scores = (
+                        q[:, :, :1] @ k.transpose(-1, -2)
+                    ).float()  # (B, H, 1, 1+N+n)
+                    weights = (
+                        (scores * q.shape[-1] ** -0.5)
+                        .softmax(-1)[:, :, 0, 1 : 1 + N]
+                        .mean(1)
+                    )  # (B, N)
                 if not every:
                     x, q = x[:, :1], q[:, :, :1]
             attended = _attention(q, k, value).transpose(1, 2).flatten(2)
-            x = edit.after(layer, x, block.finish(x, attended, _branch(edit, layer, span)), span)
+            x = edit.after(
+                layer, x, block.finish(x, attended, _branch(edit, layer, span)), span
+            )
         x = linear(v.ln_post(x[:, : 1 + N] if tokens else x[:, :1]), v.proj.t()).float()
-        return (x[:, 0], *([x[:, 1:]] if tokens else []), *([weights] if attention else []))
+        return (
+            x[:, 0],
+            *([x[:, 1:]] if tokens else []),
+            *([weights] if attention else []),
+        )

@@ -1,4 +1,6 @@
-"""Training: what a paper's recipe is, its schedule, and one readable loop over the hooks of a method."""
+"""Training: what a paper's recipe is, its schedule, and one readable loop over the
+hooks of a method.
+"""
 
 import hashlib
 import json
@@ -29,7 +31,9 @@ OPTIMIZERS = {
 }
 
 # The mini world, see for_profile().
-MINI_LR = {"sgd": 12.0}  # times the paper's; optimizers that are not named rescale the gradient themselves: 1
+MINI_LR = {
+    "sgd": 12.0
+}  # times the paper's; optimizers that are not named rescale the gradient themselves: 1
 MINI_EPOCHS = 5  # the paper's divided by this,
 MINI_LEAST_EPOCHS = 10  # but no fewer than these, or than the paper's if it has fewer
 MINI_BATCHES = (8, 32)  # the smallest and the largest batch
@@ -48,7 +52,8 @@ class Setting:
         protocol: "few-shot", "base-to-new", "cross-dataset" or "domain-generalization".
         dataset: name of the dataset trained on.
         shots: images a class.
-        profile: "full" is the paper's recipe; "mini" and "smoke" are derived from it by :func:`for_profile`.
+        profile: "full" is the paper's recipe; "mini" and "smoke" are derived from it by
+            :func:`for_profile`.
     """
 
     protocol: str = "few-shot"
@@ -70,12 +75,15 @@ class Recipe:
     Args:
         hparams: hyperparameters of the method; those left out keep their defaults.
         epochs: 0 for methods that learn nothing.
-        epoch_steps: an epoch ends after so many steps; None: when it has seen all images.
+        epoch_steps: an epoch ends after so many steps; None: when it has seen all
+            images.
         optimizer: "sgd", "adam", "adamw" or "adadelta".
         options: further arguments of the optimizer, such as ``{"eps": 1e-3}``.
-        schedule: "cosine" or "constant", stepped once an epoch after the warm-up, see :func:`learning_rate`.
-        augment: random resized crop and flip of the training images. Without it, image features of a method
-            that reads features are computed once and cached, as in the mini and smoke profiles.
+        schedule: "cosine" or "constant", stepped once an epoch after the warm-up, see
+            :func:`learning_rate`.
+        augment: random resized crop and flip of the training images. Without it, image
+            features of a method that reads features are computed once and cached, as in
+            the mini and smoke profiles.
     """
 
     hparams: dict[str, Any] = field(default_factory=dict)
@@ -97,13 +105,27 @@ class Recipe:
             raise unknown("optimizer", self.optimizer, list(OPTIMIZERS))
         if self.schedule not in ("cosine", "constant"):
             raise unknown("schedule", self.schedule, ["cosine", "constant"])
-        for name, least in (("epochs", 0), ("epoch_steps", 1), ("batch_size", 1), ("warmup_epochs", 0)):
+        for name, least in (
+            ("epochs", 0),
+            ("epoch_steps", 1),
+            ("batch_size", 1),
+            ("warmup_epochs", 0),
+        ):
             value = getattr(self, name)
-            fits = isinstance(value, int) and value >= least or (name == "epoch_steps" and value is None)
+            fits = (
+                isinstance(value, int)
+                and value >= least
+                or (name == "epoch_steps" and value is None)
+            )
             expect(fits, name, value, f"a whole number from {least}")
         for name in ("lr", "momentum", "weight_decay", "warmup_lr"):
             value = getattr(self, name)
-            expect(math.isfinite(value) and value >= 0, name, value, "a number that is not negative")
+            expect(
+                math.isfinite(value) and value >= 0,
+                name,
+                value,
+                "a number that is not negative",
+            )
 
     def steps(self, images: int) -> int:
         """How many steps an epoch over so many images takes."""
@@ -124,7 +146,8 @@ class History:
 
 
 def recipe(spec: str, setting: Setting) -> Recipe:
-    """The recipe of a method, or of plug-ins around one, in a setting and in its profile.
+    """The recipe of a method, or of plug-ins around one, in a setting and in its
+    profile.
 
     Raises:
         InputError: unknown method.
@@ -134,13 +157,15 @@ def recipe(spec: str, setting: Setting) -> Recipe:
 
 
 def for_profile(recipe: Recipe, profile: str) -> Recipe:
-    """A paper's recipe, changed for the mini world by one rule that is the same for every method.
+    """A paper's recipe, changed for the mini world by one rule that is the same for
+    every method.
 
-    The mini CLIP's logit scale is about 14 where OpenAI's is 100, so gradients are small and SGD takes steps
-    that are too small by far: "mini" multiplies its learning rate by 12 (0.002 becomes 0.024). The tasks are
-    small: it divides the epochs by 5, but keeps 10 of them, and batches hold 8 to 32 images. It leaves out
-    augmentation, so that image features can be cached. "smoke" is "mini" with 2 epochs of one step, tested on every
-    fifth image. "full" changes nothing.
+    The mini CLIP's logit scale is about 14 where OpenAI's is 100, so gradients are
+    small and SGD takes steps that are too small by far: "mini" multiplies its learning
+    rate by 12 (0.002 becomes 0.024). The tasks are small: it divides the epochs by 5,
+    but keeps 10 of them, and batches hold 8 to 32 images. It leaves out augmentation,
+    so that image features can be cached. "smoke" is "mini" with 2 epochs of one step,
+    tested on every fifth image. "full" changes nothing.
     """
     if profile == "full" or recipe.epochs == 0:
         return recipe
@@ -159,8 +184,9 @@ def for_profile(recipe: Recipe, profile: str) -> Recipe:
 def learning_rate(recipe: Recipe, epoch: int, lr: float | None = None) -> float:
     """Learning rate of an epoch e = 0, 1, ..., as the benchmark's toolbox computes it.
 
-    For W warm-up epochs and E epochs: ``warmup_lr`` if e < W, else ``lr / 2 * (1 + cos(pi * (e - W) / E))``.
-    The cosine starts after the warm-up and has the period E, so it never reaches 0.
+    For W warm-up epochs and E epochs: ``warmup_lr`` if e < W, else ``lr / 2 * (1 +
+    cos(pi * (e - W) / E))``. The cosine starts after the warm-up and has the period E,
+    so it never reaches 0.
 
     Args:
         lr: peak learning rate of a parameter group, ``recipe.lr`` if None.
@@ -170,11 +196,17 @@ def learning_rate(recipe: Recipe, epoch: int, lr: float | None = None) -> float:
         return recipe.warmup_lr
     if recipe.schedule == "constant":
         return lr
-    return 0.5 * lr * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / recipe.epochs))
+    return (
+        0.5
+        * lr
+        * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / recipe.epochs))
+    )
 
 
 def make_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer | None:
-    """The recipe's optimizer over the method's parameter groups, or None where nothing learns."""
+    """The recipe's optimizer over the method's parameter groups, or None where nothing
+    learns.
+    """
     groups = [group for group in method.param_groups(recipe) if group["params"]]
     if not groups:
         return None
@@ -199,32 +231,37 @@ def fit(
 ) -> History:
     """Train a method on ``dataset.train``; the last epoch's parameters are its result.
 
-    Everything random comes from one generator seeded with ``seed``: the same seed gives the same bits on one
-    machine.
+    Everything random comes from one generator seeded with ``seed``: the same seed gives
+    the same bits on one machine.
 
     Args:
         dataset: holds as many classes as the method aims at.
-        recipe: from :func:`recipe`, or one's own. Its ``hparams`` were for building the method and play no
-            part here.
+        recipe: from :func:`recipe`, or one's own. Its ``hparams`` were for building the
+            method and play no part here.
         progress: show a progress bar.
-        checkpoint: a file, written after each epoch. If it exists, training goes on from it and ends with the
-            same bits as if it had never stopped.
+        checkpoint: a file, written after each epoch. If it exists, training goes on
+            from it and ends with the same bits as if it had never stopped.
         max_steps: stop after so many steps.
 
     Returns:
         Losses, learning rates and time. Empty for a method that learns nothing.
 
     Raises:
-        DivergedError: the loss became infinite or NaN; the method keeps the parameters before that step.
-        InputError: dataset and method differ in their classes, or the checkpoint is damaged or of another
-            run.
+        DivergedError: the loss became infinite or NaN; the method keeps the parameters
+            before that step.
+        InputError: dataset and method differ in their classes, or the checkpoint is
+            damaged or of another run.
     """
     if len(dataset.classnames) != len(method.classnames):
         raise InputError(
-            f"{method.spec} aims at {len(method.classnames)} classes, {dataset.name} has "
-            f"{len(dataset.classnames)}: call method.aim(dataset) first"
+            f"{method.spec} aims at {len(method.classnames)} classes, {dataset.name}"
+            f" has {len(dataset.classnames)}: call method.aim(dataset) first"
         )
-    generator, device, history = torch.Generator().manual_seed(seed), method.clip.device, History()
+    generator, device, history = (
+        torch.Generator().manual_seed(seed),
+        method.clip.device,
+        History(),
+    )
     run = _identity(method, dataset, recipe, seed) if checkpoint else None
     dataset = method.prepare(dataset, recipe, generator)
     optimizer = make_optimizer(method, recipe)
@@ -232,7 +269,11 @@ def fit(
         return history
     if len(dataset.train) == 0:
         raise InputError(f"{dataset.name} has no training images")
-    start = _resume(checkpoint, run, method, optimizer, generator, history) if checkpoint else 0
+    start = (
+        _resume(checkpoint, run, method, optimizer, generator, history)
+        if checkpoint
+        else 0
+    )
 
     split = dataset.train
     method.train()
@@ -240,14 +281,22 @@ def fit(
     per_epoch = recipe.steps(len(split))
     total = min(recipe.epochs * per_epoch, max_steps or math.inf)
     began = time.perf_counter() - history.seconds
-    with tqdm(total=total, initial=history.steps, desc=method.spec, unit="step", disable=not progress) as bar:
+    with tqdm(
+        total=total,
+        initial=history.steps,
+        desc=method.spec,
+        unit="step",
+        disable=not progress,
+    ) as bar:
         for epoch in range(start, recipe.epochs):
             if history.steps >= total:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, epoch, group["peak_lr"])
             history.lrs.append(learning_rate(recipe, epoch))
-            for indices in islice(shuffled(len(split), recipe.batch_size, generator), per_epoch):
+            for indices in islice(
+                shuffled(len(split), recipe.batch_size, generator), per_epoch
+            ):
                 if history.steps >= total:
                     break
                 batch = read(indices).to(device)
@@ -255,9 +304,10 @@ def fit(
                 loss = method.backward(batch).item()
                 if not math.isfinite(loss):
                     raise DivergedError(
-                        f"the loss of {method.spec} became {loss} at step {history.steps + 1} (epoch "
-                        f"{epoch + 1} of {recipe.epochs}, learning rate {history.lrs[-1]:g}): "
-                        "lower lr, raise warmup_epochs, or use precision='fp32'"
+                        f"the loss of {method.spec} became {loss} at step"
+                        f" {history.steps + 1} (epoch {epoch + 1} of {recipe.epochs},"
+                        f" learning rate {history.lrs[-1]:g}): lower lr, raise"
+                        " warmup_epochs, or use precision='fp32'"
                     )
                 optimizer.step()
                 history.losses.append(loss)
@@ -267,35 +317,53 @@ def fit(
                 history.seconds = time.perf_counter() - began
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if checkpoint:
-                    _save_checkpoint(checkpoint, run, method, optimizer, generator, history, epoch + 1)
+                    _save_checkpoint(
+                        checkpoint,
+                        run,
+                        method,
+                        optimizer,
+                        generator,
+                        history,
+                        epoch + 1,
+                    )
     history.seconds = time.perf_counter() - began
     method.eval()
     return history
 
 
 def shuffled(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Positions of an epoch in random order, in batches; a last incomplete one is dropped unless alone."""
+    """Positions of an epoch in random order, in batches; a last incomplete one is
+    dropped unless alone.
+    """
     batches = torch.randperm(n, generator=generator).split(batch_size)
-    return iter(batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches)
+    return iter(
+        batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
+    )
 
 
 def reader(method: Method, split, augment: bool, generator: torch.Generator):
-    """A function from positions (B,) in a split to a :class:`Batch` with what the method reads.
+    """A function from positions (B,) in a split to a :class:`Batch` with what the
+    method reads.
 
-    Without augmentation, what the frozen image tower makes of the split comes from the feature cache.
+    Without augmentation, what the frozen image tower makes of the split comes from the
+    feature cache.
     """
     clip, reads, frozen = method.clip, method.reads.split("+"), None
     if "features" in reads and not augment:
-        frozen = data.features(clip, split).to(clip.device)  # (N, E)
+        frozen = data.frozen_features(clip, split).to(clip.device)  # (N, E)
 
     def read(indices):
-        batch = Batch(labels=split.labels[indices], indices=indices, generator=generator)
+        batch = Batch(
+            labels=split.labels[indices], indices=indices, generator=generator
+        )
         if frozen is not None:
             batch.features = frozen[indices.to(clip.device)]
         if "views" in reads:
             batch.views = method.views(split.images(indices), generator)
         elif "images" in reads or frozen is None:
-            batch.images = data.transform(clip, split.images(indices), augment=augment, generator=generator)
+            batch.images = data.transform(
+                clip, split.images(indices), augment=augment, generator=generator
+            )
         return batch
 
     return read
@@ -304,13 +372,18 @@ def reader(method: Method, split, augment: bool, generator: torch.Generator):
 def predictions(method: Method, split, batch_size: int = 100, seed: int = 0) -> Tensor:
     """Predicted labels (N,) of a split, on the CPU.
 
-    Text features are computed once, frozen image features come from the cache, and methods that adapt to each
-    image (``reads = "views"``) draw from a generator seeded with ``seed``.
+    Text features are computed once, frozen image features come from the cache, and
+    methods that adapt to each image (``reads = "views"``) draw from a generator seeded
+    with ``seed``.
     """
     method.eval()
     read = reader(method, split, False, torch.Generator().manual_seed(seed))
-    batches = torch.arange(len(split)).split(8 if method.reads == "views" else batch_size)
-    return torch.cat([method.logits(read(indices)).argmax(dim=-1).cpu() for indices in batches])
+    batches = torch.arange(len(split)).split(
+        8 if method.reads == "views" else batch_size
+    )
+    return torch.cat(
+        [method.logits(read(indices)).argmax(dim=-1).cpu() for indices in batches]
+    )
 
 
 def accuracy(method: Method, split, batch_size: int = 100, seed: int = 0) -> float:
@@ -321,7 +394,7 @@ def accuracy(method: Method, split, batch_size: int = 100, seed: int = 0) -> flo
     return 100.0 * hits.double().mean().item()
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------
 
 
 def _identity(method, dataset, recipe, seed) -> str:
@@ -331,16 +404,26 @@ def _identity(method, dataset, recipe, seed) -> str:
         "hparams": method.hparams,
         "classnames": method.classnames,
         "clip": method.clip.fingerprint,
-        "train": [dataset.train.key, dataset.train.rows.tolist(), dataset.train.labels.tolist()],
+        "train": [
+            dataset.train.key,
+            dataset.train.rows.tolist(),
+            dataset.train.labels.tolist(),
+        ],
         "recipe": asdict(recipe),
         "seed": seed,
     }
-    return hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(run, sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def _parts(method):
     """A method and the hosts inside it, by their names in the module tree."""
-    return [(name, part) for name, part in method.named_modules() if isinstance(part, Method)]
+    return [
+        (name, part)
+        for name, part in method.named_modules()
+        if isinstance(part, Method)
+    ]
 
 
 def _save_checkpoint(path, run, method, optimizer, generator, history, epochs):
@@ -357,16 +440,23 @@ def _save_checkpoint(path, run, method, optimizer, generator, history, epochs):
 
 
 def _resume(path, run, method, optimizer, generator, history) -> int:
-    """Restore everything from a checkpoint, if there is one; returns how many epochs are done."""
+    """Restore everything from a checkpoint, if there is one; returns how many epochs
+    are done.
+    """
     if not Path(path).exists():
         return 0
     try:
         state = torch.load(path, map_location=method.clip.device, weights_only=True)
         mine = state["run"] == run
     except Exception as error:
-        raise InputError(f"damaged checkpoint {path} ({type(error).__name__}): delete it to start over") from None
+        raise InputError(
+            f"damaged checkpoint {path} ({type(error).__name__}): delete it to start"
+            " over"
+        ) from None
     if not mine:
-        raise InputError(f"checkpoint {path} belongs to another run: delete it, or name another file")
+        raise InputError(
+            f"checkpoint {path} belongs to another run: delete it, or name another file"
+        )
     method.load_state_dict(state["method"])
     for name, part in _parts(method):
         part.training_state = state["training_state"][name]

@@ -7,8 +7,12 @@ import torch
 from promptkit.clip import FrozenCLIP
 
 
-def _make_clip(seed: int = 0, layers: int = 3, quick_gelu: bool = True, **kwargs) -> FrozenCLIP:
-    """A tiny random CLIP with the real vocabulary, whose attention is far from uniform."""
+def _make_clip(
+    seed: int = 0, layers: int = 3, quick_gelu: bool = True, **kwargs
+) -> FrozenCLIP:
+    """A tiny random CLIP with the real vocabulary, whose attention is far from
+    uniform.
+    """
     model = open_clip.CLIP(
         embed_dim=24,
         vision_cfg=dict(layers=2, width=32, head_width=16, patch_size=8, image_size=32),
@@ -31,11 +35,15 @@ def _make_clip(seed: int = 0, layers: int = 3, quick_gelu: bool = True, **kwargs
 
 @pytest.fixture(scope="session")
 def make_clip():
-    """A function that makes tiny CLIPs, of a seed, a number of text layers, a precision, ..."""
+    """A function that makes tiny CLIPs, of a seed, a number of text layers, a
+    precision, ...
+    """
     return _make_clip
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(make_clip) -> FrozenCLIP:
-    """Text width 32, 3 layers; images of 32 px in patches of 8, width 32, 2 layers; features of 24."""
+    """Text width 32, 3 layers; images of 32 px in patches of 8, width 32, 2 layers;
+    features of 24.
+    """
     return make_clip()

@@ -1,7 +1,8 @@
-"""Small folders in the true formats of the eleven datasets and the four shifts of ImageNet.
+"""Small folders in the true formats of the eleven datasets and the four shifts of
+ImageNet.
 
-`make(name, root)` writes one of them; the fixture `real_root` has all of them. Images are noise around one colour a
-class, so that a method can learn something.
+`make(name, root)` writes one of them; the fixture `real_root` has all of them. Images
+are noise around one colour a class, so that a method can learn something.
 """
 
 import json
@@ -39,26 +40,46 @@ CLASSNAMES = {
 }  # fmt: skip
 WNIDS = {"n01440764": "tench", "n01443537": "goldfish", "n03773504": "missile", "n04008634": "missile",
          "n04285008": "sports car", "n04509417": "unicycle"}  # fmt: skip
-CLASSNAMES["imagenet"] = CLASSNAMES["imagenetv2"] = CLASSNAMES["imagenet_sketch"] = list(WNIDS.values())
-CLASSNAMES["imagenet_a"] = CLASSNAMES["imagenet_r"] = ["goldfish", "missile", "unicycle"]
-EACH = {"train": 5, "val": 2, "test": 3}  # images a class, in the ratio of a 50/20/30 cut
+CLASSNAMES["imagenet"] = CLASSNAMES["imagenetv2"] = CLASSNAMES["imagenet_sketch"] = (
+    list(WNIDS.values())
+)
+CLASSNAMES["imagenet_a"] = CLASSNAMES["imagenet_r"] = [
+    "goldfish",
+    "missile",
+    "unicycle",
+]
+EACH = {
+    "train": 5,
+    "val": 2,
+    "test": 3,
+}  # images a class, in the ratio of a 50/20/30 cut
 
 
 def picture(path: Path, label: int, number: int = 0) -> Path:
-    """An image whose colour tells its class, in one of the sizes and modes that real folders hold."""
+    """An image whose colour tells its class, in one of the sizes and modes that real
+    folders hold.
+    """
     rng = np.random.default_rng([label, number])
     colour = np.random.default_rng(label).integers(40, 216, 3)
     height, width = rng.integers(36, 70, 2)
-    pixels = np.clip(colour + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(colour + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
     image = Image.fromarray(pixels)
-    image = image.convert("CMYK") if number % 7 == 5 and path.suffix.lower() != ".png" else image
+    image = (
+        image.convert("CMYK")
+        if number % 7 == 5 and path.suffix.lower() != ".png"
+        else image
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, quality=90)
     return path
 
 
 def make(name: str, root: Path, split_file: bool = True, each: dict = EACH) -> Path:
-    """Write the folder of a dataset below `root`, with its split file or with the official annotations alone."""
+    """Write the folder of a dataset below `root`, with its split file or with the
+    official annotations alone.
+    """
     folder = root / TABLE[name].folder
     globals()[f"_{name}"](folder, each)
     if split_file and TABLE[name].split_file:
@@ -102,7 +123,9 @@ def _class_folders(folder, names, each, form):
 
 
 def _caltech101(folder, each):
-    _class_folders(folder / "101_ObjectCategories", NAMES["caltech101"], each, "image_{1:04d}.jpg")
+    _class_folders(
+        folder / "101_ObjectCategories", NAMES["caltech101"], each, "image_{1:04d}.jpg"
+    )
     for ignored in ("BACKGROUND_Google", "Faces_easy"):
         picture(folder / "101_ObjectCategories" / ignored / "image_0001.jpg", 9)
 
@@ -111,7 +134,9 @@ def _oxford_pets(folder, each):
     lines = {"trainval": [], "test": []}
     for part, label, name, n in _each(NAMES["oxford_pets"], each):
         picture(folder / "images" / f"{name}_{n}.jpg", label, n)
-        lines["test" if part == "test" else "trainval"].append(f"{name}_{n} {label + 1} 1 {label + 1}")
+        lines["test" if part == "test" else "trainval"].append(
+            f"{name}_{n} {label + 1} 1 {label + 1}"
+        )
     for part, rows in lines.items():
         _write(folder / "annotations" / f"{part}.txt", rows)
 
@@ -124,8 +149,14 @@ def _stanford_cars(folder, each):
         picture(folder / f"cars_{part}" / file, label, len(rows[part]))
         rows[part].append((file, label + 1))
     (folder / "devkit").mkdir()
-    for part, path in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
-        array = np.zeros((1, len(rows[part])), [("bbox_x1", object), ("class", object), ("fname", object)])
+    for part, path in (
+        ("train", "devkit/cars_train_annos.mat"),
+        ("test", "cars_test_annos_withlabels.mat"),
+    ):
+        array = np.zeros(
+            (1, len(rows[part])),
+            [("bbox_x1", object), ("class", object), ("fname", object)],
+        )
         array[0] = [(1, label, file) for file, label in rows[part]]
         scipy.io.savemat(folder / path, {"annotations": array})
     names = np.array([NAMES["stanford_cars"]], dtype=object)
@@ -137,7 +168,9 @@ def _oxford_flowers(folder, each):
     for _, label, _, n in _each(NAMES["oxford_flowers"], each):
         picture(folder / "jpg" / f"image_{n:05d}.jpg", label, n)
         labels.append(label + 1)
-    scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.array([labels], np.uint8)})
+    scipy.io.savemat(
+        folder / "imagelabels.mat", {"labels": np.array([labels], np.uint8)}
+    )
     names = {str(label + 1): name for label, name in enumerate(NAMES["oxford_flowers"])}
     (folder / "cat_to_name.json").write_text(json.dumps(names))
 
@@ -161,7 +194,9 @@ def _sun397(folder, each):
     lines = {"Training": [], "Testing": []}
     for part, label, name, n in _each(NAMES["sun397"], each):
         picture(folder / "SUN397" / f"{name[1:]}/sun_{n:04d}.jpg", label, n)
-        lines["Testing" if part == "test" else "Training"].append(f"{name}/sun_{n:04d}.jpg")
+        lines["Testing" if part == "test" else "Training"].append(
+            f"{name}/sun_{n:04d}.jpg"
+        )
     _write(folder / "ClassName.txt", NAMES["sun397"])
     for part, rows in lines.items():
         _write(folder / f"{part}_01.txt", rows)
@@ -180,10 +215,17 @@ def _ucf101(folder, each):
     lines = {"train": [], "test": []}
     for part, label, name, n in _each(NAMES["ucf101"], each):
         cut = "_".join(re.findall("[A-Z][^A-Z]*", name))
-        picture(folder / "UCF-101-midframes" / cut / f"v_{name}_g{n:02d}_c01.jpg", label, n)
-        lines["test" if part == "test" else "train"].append(f"{name}/v_{name}_g{n:02d}_c01.avi {label + 1}")
+        picture(
+            folder / "UCF-101-midframes" / cut / f"v_{name}_g{n:02d}_c01.jpg", label, n
+        )
+        lines["test" if part == "test" else "train"].append(
+            f"{name}/v_{name}_g{n:02d}_c01.avi {label + 1}"
+        )
     lists = folder / "ucfTrainTestlist"
-    _write(lists / "classInd.txt", [f"{label + 1} {name}" for label, name in enumerate(NAMES["ucf101"])])
+    _write(
+        lists / "classInd.txt",
+        [f"{label + 1} {name}" for label, name in enumerate(NAMES["ucf101"])],
+    )
     _write(lists / "trainlist01.txt", lines["train"])
     _write(lists / "testlist01.txt", [line.split()[0] for line in lines["test"]])
 
@@ -196,20 +238,31 @@ def _wnid_folders(images, wnids, count, form="{}_{}.JPEG"):
 
 
 def _classnames(folder):
-    _write(folder / "classnames.txt", [f"{wnid} {name}" for wnid, name in WNIDS.items()])
+    _write(
+        folder / "classnames.txt", [f"{wnid} {name}" for wnid, name in WNIDS.items()]
+    )
 
 
 def _imagenet(folder, each):
     _classnames(folder)
     _wnid_folders(folder / "images" / "train", WNIDS, each["train"])
-    _wnid_folders(folder / "images" / "val", WNIDS, each["test"], "ILSVRC2012_val_{}_{}.JPEG")
+    _wnid_folders(
+        folder / "images" / "val", WNIDS, each["test"], "ILSVRC2012_val_{}_{}.JPEG"
+    )
 
 
 def _imagenetv2(folder, each):
     _classnames(folder)
     for label in range(len(WNIDS)):
         for n in range(each["test"]):
-            picture(folder / "imagenetv2-matched-frequency-format-val" / str(label) / f"{n}.jpeg", label, n)
+            picture(
+                folder
+                / "imagenetv2-matched-frequency-format-val"
+                / str(label)
+                / f"{n}.jpeg",
+                label,
+                n,
+            )
 
 
 def _imagenet_sketch(folder, each):
@@ -219,7 +272,9 @@ def _imagenet_sketch(folder, each):
 
 def _imagenet_a(folder, each, images="imagenet-a"):
     _classnames(folder)
-    wnids = [wnid for wnid in WNIDS if wnid not in ("n01440764", "n03773504", "n04285008")]
+    wnids = [
+        wnid for wnid in WNIDS if wnid not in ("n01440764", "n03773504", "n04285008")
+    ]
     _wnid_folders(folder / images, wnids, each["test"], "{1}.jpg")
     _write(folder / images / "README.txt", ["not an image"])
 

@@ -1,4 +1,6 @@
-"""The book builds without a warning; a browser opens every page from the file system, without a network."""
+"""The book builds without a warning; a browser opens every page from the file system,
+without a network.
+"""
 
 import json
 import os
@@ -22,10 +24,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def documents(entry):
-    """Names of the pages below an entry of the table of contents, without their ending"""
+    """Names of the pages below an entry of the table of contents, without their
+    ending
+    """
     name = entry.get("root") or entry.get("file")
-    below = entry.get("parts", []) + entry.get("chapters", []) + entry.get("sections", [])
-    return ([name] if name else []) + [page for child in below for page in documents(child)]
+    below = (
+        entry.get("parts", []) + entry.get("chapters", []) + entry.get("sections", [])
+    )
+    return ([name] if name else []) + [
+        page for child in below for page in documents(child)
+    ]
 
 
 TOC = documents(yaml.safe_load((ROOT / "_toc.yml").read_text()))
@@ -35,7 +43,9 @@ pages = pytest.mark.parametrize("page", PAGES)
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory, worker_id):
-    """(folder of the rendered book, warnings). The first worker that needs it builds it, the others wait."""
+    """(folder of the rendered book, warnings). The first worker that needs it builds
+    it, the others wait.
+    """
     folder = tmp_path_factory.getbasetemp()
     if worker_id != "master":
         folder = folder.parent  # what all workers of this run share
@@ -50,9 +60,16 @@ def build(tmp_path_factory, worker_id):
                 "--path-output",
                 folder / "book",
             ]
-            command = [Path(sys.executable).with_name("jupyter-book"), "build", *options, ROOT]
+            command = [
+                Path(sys.executable).with_name("jupyter-book"),
+                "build",
+                *options,
+                ROOT,
+            ]
             run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            log.write_text(run.stderr[-5000:] or "unknown error" if run.returncode else "")
+            log.write_text(
+                run.stderr[-5000:] or "unknown error" if run.returncode else ""
+            )
     return folder / "book" / "_build" / "html", log.read_text()
 
 
@@ -61,7 +78,9 @@ def book(build):
     """Folder of the rendered book"""
     folder, warnings = build
     if warnings:
-        pytest.fail("the book does not build, see test_builds_without_warnings", pytrace=False)
+        pytest.fail(
+            "the book does not build, see test_builds_without_warnings", pytrace=False
+        )
     return folder
 
 
@@ -69,9 +88,16 @@ def book(build):
 def browser(tmp_path_factory):
     """Headless Chromium that records its console and its requests"""
     driver = shutil.which("chromedriver")
-    binary = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    binary = next(
+        filter(
+            None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])
+        ),
+        None,
+    )
     if not (driver and binary):
-        message = "the book is not tested in a browser: install chromium and chromedriver"
+        message = (
+            "the book is not tested in a browser: install chromium and chromedriver"
+        )
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     options = webdriver.ChromeOptions()
     options.binary_location = binary
@@ -89,36 +115,55 @@ def browser(tmp_path_factory):
         f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
     ):
         options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    options.set_capability(
+        "goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"}
+    )
+    chromium = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(driver)
+    )
     chromium.set_script_timeout(60)
     yield chromium
     chromium.quit()
 
 
 def visit(browser, address):
-    """Open a page, wait until its mathematics stands; (requested addresses, what went wrong)"""
-    browser.get_log("browser"), browser.get_log("performance")  # what the page before left
+    """Open a page, wait until its mathematics stands; (requested addresses, what went
+    wrong)
+    """
+    (
+        browser.get_log("browser"),
+        browser.get_log("performance"),
+    )  # what the page before left
     browser.get(address)
-    WebDriverWait(browser, 30).until(lambda _: browser.execute_script("return document.readyState") == "complete")
+    WebDriverWait(browser, 30).until(
+        lambda _: browser.execute_script("return document.readyState") == "complete"
+    )
     browser.execute_async_script("""
         const done = arguments[0];
         const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
         ready.then(() => document.fonts.ready).then(() => setTimeout(done, 100));
     """)
-    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    errors = [
+        entry["message"]
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE"
+    ]
     requests = []
     for entry in browser.get_log("performance"):
         event = json.loads(entry["message"])["message"]
         if event["method"] == "Network.requestWillBeSent":
             requests.append(event["params"]["request"]["url"])
-        elif event["method"] == "Network.loadingFailed" and not event["params"].get("canceled"):
+        elif event["method"] == "Network.loadingFailed" and not event["params"].get(
+            "canceled"
+        ):
             errors.append(f"failed request: {event['params']}")
     return requests, errors
 
 
 def test_every_notebook_is_in_the_book():
-    notebooks = {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    notebooks = {
+        f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")
+    }
     assert notebooks == {page for page in TOC if page.startswith("notebooks/")}
 
 
@@ -141,7 +186,9 @@ def test_links_lead_somewhere(book, page):
         target, anchor = urldefrag(link["href"])
         if urlsplit(target).scheme:
             continue
-        file = (path.parent / unquote(target.split("?")[0])).resolve() if target else path
+        file = (
+            (path.parent / unquote(target.split("?")[0])).resolve() if target else path
+        )
         assert file.exists(), f"{link['href']} leads nowhere"
         if anchor and file.suffix == ".html":
             assert unquote(anchor) in anchors(file), f"{link['href']} has no such place"
@@ -150,9 +197,19 @@ def test_links_lead_somewhere(book, page):
 def test_every_module_is_documented(book):
     """Each file of the package has its section in the reference."""
     files = (ROOT / "promptkit").rglob("*.py")
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
-    reference = [(book / "book" / f"{page}.html").read_text(encoding="utf-8") for page in ("package", "methods")]
-    missing = {name for name in names if not any(f'id="module-{name}"' in page for page in reference)}
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in files
+    }
+    reference = [
+        (book / "book" / f"{page}.html").read_text(encoding="utf-8")
+        for page in ("package", "methods")
+    ]
+    missing = {
+        name
+        for name in names
+        if not any(f'id="module-{name}"' in page for page in reference)
+    }
     assert not {name for name in missing if "._" not in name}
 
 
@@ -161,21 +218,33 @@ def test_every_module_is_documented(book):
 def test_page_in_the_browser(book, browser, page):
     requests, errors = visit(browser, (book / f"{page}.html").as_uri())
     assert not errors, errors
-    remote = [address for address in requests if urlsplit(address).scheme in ("http", "https", "ws", "wss")]
+    remote = [
+        address
+        for address in requests
+        if urlsplit(address).scheme in ("http", "https", "ws", "wss")
+    ]
     assert not remote, f"{page} needs a network: {remote}"
 
-    broken = browser.execute_script("return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
+    broken = browser.execute_script(
+        "return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)"
+    )
     assert not broken, f"images that do not show: {broken}"
 
     formulas = browser.find_elements(By.CSS_SELECTOR, ".math")
     rendered = browser.find_elements(By.CSS_SELECTOR, ".math mjx-container")
     assert len(rendered) >= len(formulas)
-    assert not browser.find_elements(By.CSS_SELECTOR, '[data-mml-node="merror"]'), "a formula does not parse"
+    assert not browser.find_elements(By.CSS_SELECTOR, '[data-mml-node="merror"]'), (
+        "a formula does not parse"
+    )
 
-    views = browser.find_elements(By.CSS_SELECTOR, 'script[type="application/vnd.jupyter.widget-view+json"]')
+    views = browser.find_elements(
+        By.CSS_SELECTOR, 'script[type="application/vnd.jupyter.widget-view+json"]'
+    )
     if views:
         shown = WebDriverWait(browser, 20).until(
-            lambda _: browser.find_elements(By.CSS_SELECTOR, ".widget-subarea .jupyter-widgets")
+            lambda _: browser.find_elements(
+                By.CSS_SELECTOR, ".widget-subarea .jupyter-widgets"
+            )
         )
         assert len(shown) >= len(views)
 
@@ -185,9 +254,18 @@ def test_search_finds(book, browser):
     def results(words):
         visit(browser, (book / "search.html").as_uri() + f"?q={words}")
         WebDriverWait(browser, 20).until(
-            lambda _: browser.find_element(By.CSS_SELECTOR, "#search-results .search-summary").text
+            lambda _: (
+                browser.find_element(
+                    By.CSS_SELECTOR, "#search-results .search-summary"
+                ).text
+            )
         )
-        return [link.text for link in browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a")]
+        return [
+            link.text
+            for link in browser.find_elements(
+                By.CSS_SELECTOR, "#search-results ul.search li a"
+            )
+        ]
 
     assert "Notation" in results("harmonic")
     assert not results("xyzzyplugh")
@@ -199,8 +277,14 @@ def test_search_from_a_page(book, browser):
     visit(browser, (book / "book" / "setup.html").as_uri())
     browser.execute_script("document.querySelector('.search-button__button').click()")
     field = WebDriverWait(browser, 10).until(
-        lambda _: next((i for i in browser.find_elements(By.NAME, "q") if i.is_displayed()), None)
+        lambda _: next(
+            (i for i in browser.find_elements(By.NAME, "q") if i.is_displayed()), None
+        )
     )
     field.send_keys("harmonic")
     field.submit()
-    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#search-results ul.search li a"))
+    WebDriverWait(browser, 20).until(
+        lambda _: browser.find_elements(
+            By.CSS_SELECTOR, "#search-results ul.search li a"
+        )
+    )

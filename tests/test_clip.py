@@ -30,16 +30,28 @@ def test_encode_text_is_exact(tiny_clip):
 
 
 def test_encode_text_shares_beginnings(tiny_clip, monkeypatch):
-    """Each sentence once; each template's beginning once; the rows are a fraction of 77 a text."""
+    """Each sentence once; each template's beginning once; the rows are a fraction of 77
+    a text.
+    """
     import promptkit.towers as towers
 
     names = [f"{word} {i}" for word in ("red", "blue", "striped") for i in range(10)]
-    texts = [t.format(n) for t in ("a photo of a large {}.", "itap of the very best {}.") for n in names] * 2
+    texts = [
+        t.format(n)
+        for t in ("a photo of a large {}.", "itap of the very best {}.")
+        for n in names
+    ] * 2
     oracle = tiny_clip.model.encode_text(open_clip.tokenize(texts))
     rows, plain = [], towers.mlp
-    monkeypatch.setattr(towers, "mlp", lambda x, *args: rows.append(x[..., 0].numel()) or plain(x, *args))
+    monkeypatch.setattr(
+        towers,
+        "mlp",
+        lambda x, *args: rows.append(x[..., 0].numel()) or plain(x, *args),
+    )
     assert_close(tiny_clip.encode_text(texts), oracle, rtol=1e-5, atol=2e-5)
-    assert max(rows) < 60 * 6 and sum(rows) < 60 * 3 * 6  # 60 sentences of 8 to 10 tokens, 3 layers
+    assert (
+        max(rows) < 60 * 6 and sum(rows) < 60 * 3 * 6
+    )  # 60 sentences of 8 to 10 tokens, 3 layers
 
 
 def test_tokenize(tiny_clip):
@@ -47,9 +59,14 @@ def test_tokenize(tiny_clip):
     longest = max(len(tiny_clip.encode(text)) for text in TEXTS) + 2
     assert ids.shape == (6, longest)
     assert torch.equal(ids, open_clip.tokenize(TEXTS)[:, :longest])
-    assert tiny_clip.tokenize("dog").tolist() == [[49406, *tiny_clip.encode("dog"), 49407]]
+    assert tiny_clip.tokenize("dog").tolist() == [
+        [49406, *tiny_clip.encode("dog"), 49407]
+    ]
     assert tiny_clip.embed(ids).shape == (6, longest, 32)
-    with pytest.raises(InputError, match="'very very .*' takes 82 tokens, but the model reads at most 77"):
+    with pytest.raises(
+        InputError,
+        match="'very very .*' takes 82 tokens, but the model reads at most 77",
+    ):
         tiny_clip.tokenize(["dog", "very " * 80])
     with pytest.raises(InputError, match="takes 82 tokens"):
         tiny_clip.encode_text(["very " * 80])
@@ -66,9 +83,18 @@ def test_zero_shot(tiny_clip):
     each = []
     for template in templates:
         texts = [template.format(name.replace("_", " ")) for name in names]
-        each.append(F.normalize(tiny_clip.model.encode_text(open_clip.tokenize(texts)), dim=-1))
-    assert_close(features, F.normalize(torch.stack(each).mean(0), dim=-1), rtol=1e-5, atol=1e-5)
-    assert_close(zero_shot_features(tiny_clip, names, templates[0]), each[0], rtol=1e-5, atol=1e-5)
+        each.append(
+            F.normalize(tiny_clip.model.encode_text(open_clip.tokenize(texts)), dim=-1)
+        )
+    assert_close(
+        features, F.normalize(torch.stack(each).mean(0), dim=-1), rtol=1e-5, atol=1e-5
+    )
+    assert_close(
+        zero_shot_features(tiny_clip, names, templates[0]),
+        each[0],
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert promptkit.zero_shot_features is zero_shot_features
     for bad in ("a photo", [], ["{}", 3]):
         with pytest.raises(InputError, match="template"):
@@ -91,17 +117,34 @@ def test_classnames():
 
 
 def test_attributes(tiny_clip):
-    assert (tiny_clip.width, tiny_clip.vision_width, tiny_clip.embed_dim) == (32, 32, 24)
-    assert (tiny_clip.context_length, tiny_clip.image_size, tiny_clip.name) == (77, 32, "tiny")
-    assert tiny_clip.logit_scale.shape == () and abs(tiny_clip.logit_scale.item() - 100) < 1e-3
-    assert tiny_clip.mean == open_clip.OPENAI_DATASET_MEAN and tiny_clip.dtype == torch.float32
+    assert (tiny_clip.width, tiny_clip.vision_width, tiny_clip.embed_dim) == (
+        32,
+        32,
+        24,
+    )
+    assert (tiny_clip.context_length, tiny_clip.image_size, tiny_clip.name) == (
+        77,
+        32,
+        "tiny",
+    )
+    assert (
+        tiny_clip.logit_scale.shape == ()
+        and abs(tiny_clip.logit_scale.item() - 100) < 1e-3
+    )
+    assert (
+        tiny_clip.mean == open_clip.OPENAI_DATASET_MEAN
+        and tiny_clip.dtype == torch.float32
+    )
     assert not any(p.requires_grad for p in tiny_clip.parameters())
     tiny_clip.train()
     assert not any(module.training for module in tiny_clip.modules())
 
 
 def test_fingerprint(tiny_clip, make_clip):
-    assert len(tiny_clip.fingerprint) == 64 and make_clip().fingerprint == tiny_clip.fingerprint
+    assert (
+        len(tiny_clip.fingerprint) == 64
+        and make_clip().fingerprint == tiny_clip.fingerprint
+    )
     others = [
         make_clip(1),
         make_clip(quick_gelu=False),
@@ -112,7 +155,11 @@ def test_fingerprint(tiny_clip, make_clip):
 
 
 def test_bad_images(tiny_clip):
-    for images in (torch.zeros(2, 3, 16, 16), torch.zeros(3, 32, 32), torch.zeros(2, 1, 32, 32)):
+    for images in (
+        torch.zeros(2, 3, 16, 16),
+        torch.zeros(3, 32, 32),
+        torch.zeros(2, 1, 32, 32),
+    ):
         with pytest.raises(InputError, match=r"images must be \(B, 3, 32, 32\)"):
             tiny_clip.image(images)
     with pytest.raises(InputError, match="normalised"):
@@ -128,7 +175,11 @@ TEXT = dict(width=32, heads=2, layers=1)
 @pytest.mark.parametrize(
     "vision, text, message",
     [
-        (dict(layers=(1, 1, 1, 1), width=32), {}, "image tower is a ModifiedResNet, not a ViT"),
+        (
+            dict(layers=(1, 1, 1, 1), width=32),
+            {},
+            "image tower is a ModifiedResNet, not a ViT",
+        ),
         (dict(pool_type="avg"), {}, "does not read the class token"),
         (dict(attentional_pool=True), {}, "does not read the class token"),
         (dict(qk_norm=True), {}, "blocks are CustomResidualAttentionBlock"),
@@ -145,7 +196,10 @@ def test_unsupported_architectures(vision, text, message):
 
 def test_other_text_towers_are_refused():
     model = open_clip.model.CustomTextCLIP(24, VISION, TEXT)
-    with pytest.raises(InputError, match="CustomTextCLIP has a text tower of another kind; use .* ViT-B-16"):
+    with pytest.raises(
+        InputError,
+        match="CustomTextCLIP has a text tower of another kind; use .* ViT-B-16",
+    ):
         FrozenCLIP(model)
 
 
@@ -157,10 +211,22 @@ def test_other_text_towers_are_refused():
         (("minni",), "did you mean 'mini'"),
         (("ViT-B-16", "opnai"), "'opnai'; did you mean 'openai'"),
         (("ViT-B-16",), "needs weights: pass a checkpoint file or one of openai, "),
-        (("ViT-B-16", "no/such/file.pt"), "weights file 'no/such/file.pt' does not exist"),
-        (("ViT-B-16", "gone.safetensors"), "weights file 'gone.safetensors' does not exist"),
-        (("RN50", "openai"), "'RN50' cannot serve: its image tower is a ModifiedResNet"),
-        (("roberta-ViT-B-32", "laion2b_s12b_b32k"), "cannot serve: .*; use a CLIP with a ViT"),
+        (
+            ("ViT-B-16", "no/such/file.pt"),
+            "weights file 'no/such/file.pt' does not exist",
+        ),
+        (
+            ("ViT-B-16", "gone.safetensors"),
+            "weights file 'gone.safetensors' does not exist",
+        ),
+        (
+            ("RN50", "openai"),
+            "'RN50' cannot serve: its image tower is a ModifiedResNet",
+        ),
+        (
+            ("roberta-ViT-B-32", "laion2b_s12b_b32k"),
+            "cannot serve: .*; use a CLIP with a ViT",
+        ),
         (("ViT-B-16-SigLIP", "webli"), "cannot serve"),
         (("mini", "openai"), "comes with its weights"),
     ],
@@ -183,12 +249,17 @@ def small_model():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_checkpoint_files(small_model, tmp_path):
-    """A state dict as saved by torch or safetensors, and an archive of TorchScript as published by OpenAI."""
+    """A state dict as saved by torch or safetensors, and an archive of TorchScript as
+    published by OpenAI.
+    """
     from safetensors.torch import save_file
 
     name, model = small_model
     state = model.state_dict()
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "trained.pt")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+        tmp_path / "trained.pt",
+    )
     save_file(state, tmp_path / "model.safetensors")
 
     class Published(torch.nn.Module):
@@ -215,8 +286,15 @@ def test_checkpoint_files(small_model, tmp_path):
     for file in ("trained.pt", "model.safetensors", "published.pt"):
         clip = load_clip(name, tmp_path / file, device="cpu")
         assert clip.pretrained == str(tmp_path / file) and clip.name == name
-        assert_close(clip.encode_text(TEXTS), model.encode_text(open_clip.tokenize(TEXTS)), rtol=1e-5, atol=1e-5)
-        assert_close(clip.encode_image(images), model.encode_image(images), rtol=1e-5, atol=1e-5)
+        assert_close(
+            clip.encode_text(TEXTS),
+            model.encode_text(open_clip.tokenize(TEXTS)),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        assert_close(
+            clip.encode_image(images), model.encode_image(images), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_damaged_files(small_model, tmp_path):
@@ -229,7 +307,9 @@ def test_damaged_files(small_model, tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     for file in ("cut.pt", "text.safetensors", "empty.pt", "other.pt", "list.pt"):
-        with pytest.raises(InputError, match=f"{file}' holds no weights of model '{name}'"):
+        with pytest.raises(
+            InputError, match=f"{file}' holds no weights of model '{name}'"
+        ):
             load_clip(name, tmp_path / file)
 
 
@@ -251,15 +331,22 @@ def test_openai_weights_want_quick_gelu(monkeypatch, make_clip):
         raise OSError("no network")
 
     monkeypatch.setattr(open_clip, "create_model", fail)
-    with pytest.raises(InputError, match="weights 'openai' of model 'ViT-B-16' could not be loaded: no network"):
+    with pytest.raises(
+        InputError,
+        match="weights 'openai' of model 'ViT-B-16' could not be loaded: no network",
+    ):
         load_clip("ViT-B-16", "openai")
 
 
 def test_unknown():
-    assert str(unknown("method", "cop", ["coop", "maple"])) == (
-        "unknown method 'cop'; did you mean 'coop'? Choose from: coop, maple"
+    assert (
+        str(unknown("method", "cop", ["coop", "maple"]))
+        == "unknown method 'cop'; did you mean 'coop'? Choose from: coop, maple"
     )
-    assert str(unknown("method", "zzz", ["coop", "maple"])) == "unknown method 'zzz'; choose from: coop, maple"
+    assert (
+        str(unknown("method", "zzz", ["coop", "maple"]))
+        == "unknown method 'zzz'; choose from: coop, maple"
+    )
     many = [f"model-{i}" for i in range(100)]
     assert "(100 in all)" in str(unknown("model", "zzz", many))
     assert "did you mean 'model-77'" in str(unknown("model", "Model-77", many))

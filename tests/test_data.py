@@ -33,12 +33,29 @@ def test_an_image_is_a_function_of_its_seed(family):
 
 
 def test_images_are_the_same_on_every_machine():
-    """Mean grey levels as drawn where the weights were made; if they change, WORLD_VERSION must too."""
-    means = [draw(name, 0, random_generator(5, i))[0].mean() for i, name in enumerate(FAMILIES)]
+    """Mean grey levels as drawn where the weights were made; if they change,
+    WORLD_VERSION must too.
+    """
+    means = [
+        draw(name, 0, random_generator(5, i))[0].mean()
+        for i, name in enumerate(FAMILIES)
+    ]
     assert means == pytest.approx(REFERENCE_MEANS, abs=0.02)
 
 
-REFERENCE_MEANS = [116.185, 165.665, 156.284, 34.08, 169.666, 166.047, 119.339, 101.636, 132.501, 193.408, 183.436]
+REFERENCE_MEANS = [
+    116.185,
+    165.665,
+    156.284,
+    34.08,
+    169.666,
+    166.047,
+    119.339,
+    101.636,
+    132.501,
+    193.408,
+    183.436,
+]
 
 
 @families
@@ -46,7 +63,10 @@ def test_classes_differ_in_their_attributes(family):
     assert len(set(family.names)) == len(family.names) == len(family.bundles)
     for i, bundle in enumerate(family.bundles):
         for other in family.bundles[:i]:
-            assert sum(a != b for a, b in zip(bundle, other, strict=True)) >= family.distance
+            assert (
+                sum(a != b for a, b in zip(bundle, other, strict=True))
+                >= family.distance
+            )
 
 
 @families
@@ -80,7 +100,9 @@ def test_captions_name_the_class_when_told_to(family):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_use_both_colours(pattern):
-    mean = np.mean([np.asarray(pattern_mask(pattern, k)).mean() for k in range(3)]) / 255
+    mean = (
+        np.mean([np.asarray(pattern_mask(pattern, k)).mean() for k in range(3)]) / 255
+    )
     assert mean == 0 if pattern == "plain" else 0.02 < mean < 0.98
 
 
@@ -90,23 +112,33 @@ def test_the_eleven_tasks():
     ]  # fmt: skip
     for name in data.MINI_TASKS:
         task = data.load_dataset(name)
-        assert len(set(task.classnames)) == len(task.classnames) and "{}" in task.template
+        assert (
+            len(set(task.classnames)) == len(task.classnames) and "{}" in task.template
+        )
         assert set(task.facts) == set(task.classnames) and all(task.facts.values())
-        assert len(task.train) == 32 * len(task.classnames) and len(task.test) == 25 * len(task.classnames)
+        assert len(task.train) == 32 * len(task.classnames) and len(
+            task.test
+        ) == 25 * len(task.classnames)
         keys = {task.train.key, task.val.key, task.test.key}
         assert len(keys) == 3
     assert len(all_texts()) > 500
 
 
 def test_the_main_set_shares_no_species_with_the_fine_grained_tasks():
-    main = {c for c in TASKS["mini"].classes if c[0] in ("pet", "flower", "dish", "car")}
+    main = {
+        c for c in TASKS["mini"].classes if c[0] in ("pet", "flower", "dish", "car")
+    }
     for name in ("pets", "flowers", "food", "cars"):
         assert not main & set(TASKS[name].classes)
 
 
 def test_both_halves_of_the_main_set_hold_every_family():
     classes = TASKS["mini"].classes
-    assert {f for f, _ in classes[:20]} == {f for f, _ in classes[20:]} == {"pet", "flower", "dish", "car", "thing"}
+    assert (
+        {f for f, _ in classes[:20]}
+        == {f for f, _ in classes[20:]}
+        == {"pet", "flower", "dish", "car", "thing"}
+    )
 
 
 def test_images_come_from_the_cache_the_second_time(monkeypatch):
@@ -115,19 +147,26 @@ def test_images_come_from_the_cache_the_second_time(monkeypatch):
     assert first.shape == (80, 3, SIZE, SIZE) and first.dtype == torch.uint8
     datasets._mini.cache_clear()
     monkeypatch.setattr(datasets.world, "draw", None)
-    assert torch.equal(data.load_dataset("sat").val.images(torch.tensor([5, 7])), first[[5, 7]])
+    assert torch.equal(
+        data.load_dataset("sat").val.images(torch.tensor([5, 7])), first[[5, 7]]
+    )
 
 
 def test_words_are_never_the_images_own():
     words = data.load_dataset("objects-words").test
     stamped = data.stamped_labels(words)
-    assert (stamped != words.labels).all() and stamped.min() == 0 and stamped.max() == 35
+    assert (
+        (stamped != words.labels).all() and stamped.min() == 0 and stamped.max() == 35
+    )
 
 
 def test_shifts_have_the_classes_of_the_main_set_and_no_training_images():
     for name in data.SHIFTS:
         shift = data.load_dataset(name)
-        assert shift.classnames == data.load_dataset("mini").classnames and len(shift.train) == 0
+        assert (
+            shift.classnames == data.load_dataset("mini").classnames
+            and len(shift.train) == 0
+        )
     with pytest.raises(InputError, match="no training images"):
         data.few_shot(data.load_dataset("mini-a"), 1, 1)
 
@@ -144,8 +183,12 @@ def test_few_shot_is_the_draw_of_the_benchmark():
     for label in range(20):
         rows += generator.sample(range(32 * label, 32 * label + 32), 4)
     assert drawn.train.rows.tolist() == rows
-    assert drawn.train.labels.tolist() == [label for label in range(20) for _ in range(4)]
-    validation = [generator.sample(range(8 * label, 8 * label + 8), 4) for label in range(20)]
+    assert drawn.train.labels.tolist() == [
+        label for label in range(20) for _ in range(4)
+    ]
+    validation = [
+        generator.sample(range(8 * label, 8 * label + 8), 4) for label in range(20)
+    ]
     assert drawn.val.rows.tolist() == [row for some in validation for row in some]
     assert data.few_shot(task, 1, 2).val.labels.bincount().tolist() == [1] * 20
 
@@ -153,7 +196,10 @@ def test_few_shot_is_the_draw_of_the_benchmark():
 def test_base_classes_keep_the_few_shot_draw():
     drawn = data.few_shot(data.load_dataset("pets"), 2, seed=1)
     base, new = data.base_new(drawn)
-    assert base.classnames + new.classnames == drawn.classnames and len(base.classnames) == 10
+    assert (
+        base.classnames + new.classnames == drawn.classnames
+        and len(base.classnames) == 10
+    )
     assert torch.equal(torch.cat([base.train.rows, new.train.rows]), drawn.train.rows)
     assert new.test.labels.unique().tolist() == list(range(10))
     assert new.train.take([0]).images().equal(drawn.train.images(torch.tensor([20])))
@@ -162,7 +208,10 @@ def test_base_classes_keep_the_few_shot_draw():
 def test_an_odd_class_goes_to_the_base():
     three = data.subset(data.load_dataset("sat"), [7, 2, 5])
     base, new = data.base_new(three)
-    assert (base.classnames, new.classnames) == (["pasture", "river"][:1] + ["highway"], ["crops"])
+    assert (base.classnames, new.classnames) == (
+        ["pasture", "river"][:1] + ["highway"],
+        ["crops"],
+    )
     with pytest.raises(InputError, match="at least 2 classes"):
         data.base_new(new)
 
@@ -180,25 +229,40 @@ def test_more_shots_than_images_take_all_with_a_warning_that_names_the_class():
 
 
 def test_transform_is_clips_own(tiny_clip):
-    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0,
+        256,
+        (2, 3, 64, 96),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     x = data.transform(tiny_clip, images)
     assert x.shape == (2, 3, tiny_clip.image_size, tiny_clip.image_size)
-    white = data.transform(tiny_clip, torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
+    white = data.transform(
+        tiny_clip, torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    )
     expected = [(1 - m) / s for m, s in zip(tiny_clip.mean, tiny_clip.std, strict=True)]
     assert white[0, :, 5, 5].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_augmentation_follows_its_generator(tiny_clip):
     images = data.load_dataset("sat").val.images(torch.arange(3))
-    crops = [data.transform(tiny_clip, images, True, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    crops = [
+        data.transform(tiny_clip, images, True, torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
+    ]
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
 
 
 def test_features_are_computed_once(tiny_clip, monkeypatch):
     split = data.load_dataset("sat").val
     expected = tiny_clip.encode_image(data.transform(tiny_clip, split.images()))
-    assert torch.allclose(data.features(tiny_clip, split), expected, atol=1e-5)
+    assert torch.allclose(data.frozen_features(tiny_clip, split), expected, atol=1e-5)
     part = split.take([3, 1])
     module = sys.modules["promptkit.data.features"]
-    monkeypatch.setattr(module, "transform", None)  # from here on only the cache folder can answer
-    assert torch.allclose(data.features(tiny_clip, part), expected[[3, 1]], atol=1e-5)
+    monkeypatch.setattr(
+        module, "transform", None
+    )  # from here on only the cache folder can answer
+    assert torch.allclose(
+        data.frozen_features(tiny_clip, part), expected[[3, 1]], atol=1e-5
+    )

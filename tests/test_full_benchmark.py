@@ -1,4 +1,6 @@
-"""The whole real benchmark, end to end: every method, dataset and protocol over small folders in the true formats."""
+"""The whole real benchmark, end to end: every method, dataset and protocol over small
+folders in the true formats.
+"""
 
 import warnings
 
@@ -15,7 +17,9 @@ from promptkit.results import load_results
 
 
 def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F811
-    """As `promptkit reproduce --profile full --data all --root DIR --max-steps 2`, on a tiny CLIP."""
+    """As `promptkit reproduce --profile full --data all --root DIR --max-steps 2`, on a
+    tiny CLIP.
+    """
     clip = tiny(layers=3)  # as deep as the transfer recipes put prompts
     monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: clip)
     protocols._clip.cache_clear()
@@ -23,7 +27,19 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr("promptkit.cli.out", Console(width=200))
     monkeypatch.setattr("promptkit.cli.err", Console(width=200, stderr=True))
-    words = ["reproduce", "--profile", "full", "--data", "all", "--root", real_root, "--max-steps", 2, "--seeds", 1]
+    words = [
+        "reproduce",
+        "--profile",
+        "full",
+        "--data",
+        "all",
+        "--root",
+        real_root,
+        "--max-steps",
+        2,
+        "--seeds",
+        1,
+    ]
     text, said = promptkit(*words)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -37,13 +53,20 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     for protocol in ("few-shot", "base-to-new"):
         assert set(rows[rows["protocol"] == protocol]["dataset"]) == set(data.DATASETS)
     shifts = set(TABLE["imagenet"].shifts)
-    assert set(rows.query("protocol == 'domain-generalization'")["target"]) == {"imagenet"} | shifts
-    assert set(rows.query("protocol == 'cross-dataset'")["target"]) == set(data.DATASETS)
+    assert (
+        set(rows.query("protocol == 'domain-generalization'")["target"])
+        == {"imagenet"} | shifts
+    )
+    assert set(rows.query("protocol == 'cross-dataset'")["target"]) == set(
+        data.DATASETS
+    )
     protocols._clip.cache_clear()
 
 
 @pytest.mark.parametrize("missing", ["imagenet", "dtd"])
-def test_a_missing_dataset_is_named_before_anything_runs(real_root, missing, monkeypatch):  # noqa: F811
+def test_a_missing_dataset_is_named_before_anything_runs(
+    real_root, missing, monkeypatch
+):  # noqa: F811
     (real_root / TABLE[missing].folder).rename(real_root / "elsewhere")
     words = ["reproduce", "--profile", "full", "--root", real_root, "--model", "mini"]
     said = promptkit(*words, code=2)[1]

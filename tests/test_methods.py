@@ -1,4 +1,6 @@
-"""What every registered method promises; a new method is tested here without a change."""
+"""What every registered method promises; a new method is tested here without a
+change.
+"""
 
 import copy
 import json
@@ -26,7 +28,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_clip_bf16(tiny_clip):
-    return FrozenCLIP(copy.deepcopy(tiny_clip.model), tiny_clip.tokenizer, precision="bf16")
+    return FrozenCLIP(
+        copy.deepcopy(tiny_clip.model), tiny_clip.tokenizer, precision="bf16"
+    )
 
 
 def make(spec, clip, names=NAMES, seed=0, **hparams):
@@ -48,18 +52,35 @@ def learns(method):
 
 
 def few_steps(spec, clip, dataset, seed=1, epochs=25):
-    """The paper's own optimizer and rate on all images at once, without augmentation."""
+    """The paper's own optimizer and rate on all images at once, without
+    augmentation.
+    """
     ours = recipe(spec, Setting(dataset=dataset.name, shots=4, profile="full"))
-    changes = {"epochs": epochs, "batch_size": len(dataset.train), "warmup_epochs": 0, "augment": False}
+    changes = {
+        "epochs": epochs,
+        "batch_size": len(dataset.train),
+        "warmup_epochs": 0,
+        "augment": False,
+    }
     method = make(spec, clip, dataset.classnames)
     return method, fit(method, dataset, replace(ours, **changes), seed, progress=False)
 
 
 def test_describes_itself(spec):
     cls = methods()[spec.partition("(")[0]]
-    assert cls.__module__ == f"promptkit.methods.{cls.name}" and cls.title and cls.kind and cls.__doc__
+    assert (
+        cls.__module__ == f"promptkit.methods.{cls.name}"
+        and cls.title
+        and cls.kind
+        and cls.__doc__
+    )
     assert 2020 < cls.year < 2030 and cls.paper.replace(".", "").isdigit()
-    for protocol in ("few-shot", "base-to-new", "cross-dataset", "domain-generalization"):
+    for protocol in (
+        "few-shot",
+        "base-to-new",
+        "cross-dataset",
+        "domain-generalization",
+    ):
         ours = recipe(spec, Setting(protocol, profile="full"))
         host = {"host": Method.__new__(Method)} if cls.plugin else {}
         cls.check(ours.hparams | host)
@@ -80,7 +101,9 @@ def test_trains(spec, tiny_clip):
         assert history.steps == 0
     assert all(torch.equal(frozen[name], p) for name, p in tiny_clip.named_parameters())
     assert all(p.grad is None and not p.requires_grad for p in tiny_clip.parameters())
-    assert not {id(p) for p in method.parameters()} & {id(p) for p in tiny_clip.parameters()}
+    assert not {id(p) for p in method.parameters()} & {
+        id(p) for p in tiny_clip.parameters()
+    }
     assert not any("clip." in name for name in method.state_dict())
     assert 0 <= accuracy(method, dataset.test) <= 100
 
@@ -91,16 +114,25 @@ def test_saves_and_loads(spec, tiny_clip, tmp_path):
     batch = batch_of(dataset, tiny_clip)
     path = method.save(tmp_path / "new" / "method.safetensors")
     loaded = load_method(path, tiny_clip)
-    assert type(loaded) is type(method) and loaded.hparams == method.hparams and loaded.spec == spec
+    assert (
+        type(loaded) is type(method)
+        and loaded.hparams == method.hparams
+        and loaded.spec == spec
+    )
     assert torch.equal(loaded.logits(batch), method.logits(batch))
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["promptkit"])
-    assert config["clip"]["fingerprint"] == tiny_clip.fingerprint and config["hparams"] == method.hparams
+    assert (
+        config["clip"]["fingerprint"] == tiny_clip.fingerprint
+        and config["hparams"] == method.hparams
+    )
 
     config["clip"]["fingerprint"] = "0" * 64
     data = path.read_bytes()
     other = tmp_path / "other.safetensors"
-    other.write_bytes(data.replace(tiny_clip.fingerprint.encode(), b"0" * len(tiny_clip.fingerprint)))
+    other.write_bytes(
+        data.replace(tiny_clip.fingerprint.encode(), b"0" * len(tiny_clip.fingerprint))
+    )
     with pytest.raises(InputError, match="trained on the weights"):
         load_method(other, tiny_clip)
     damaged = [data[: len(data) // 2], b"", b"not a file of weights"]
@@ -147,7 +179,12 @@ def test_runs_in_bf16(spec, tiny_clip_bf16, tiny_clip):
     batch = batch_of(dataset, tiny_clip)
     half = make(spec, tiny_clip_bf16).logits(Batch(images=batch.images))
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, make(spec, tiny_clip).logits(Batch(images=batch.images)), rtol=0.05, atol=0.5)
+    torch.testing.assert_close(
+        half,
+        make(spec, tiny_clip).logits(Batch(images=batch.images)),
+        rtol=0.05,
+        atol=0.5,
+    )
 
 
 @pytest.mark.parametrize("classes", [1, 300])
@@ -166,7 +203,9 @@ def test_batch_of_one(spec, tiny_clip):
     method = make(spec, tiny_clip)
     dataset = toy_dataset(tiny_clip)
     one, all_of_them = batch_of(dataset, tiny_clip, 1), batch_of(dataset, tiny_clip)
-    torch.testing.assert_close(method.logits(one), method.logits(all_of_them)[:1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        method.logits(one), method.logits(all_of_them)[:1], rtol=1e-4, atol=1e-4
+    )
     if learns(method):
         assert torch.isfinite(method.train().backward(one))
 
@@ -185,12 +224,17 @@ def test_refuses_bad_hyperparameters(spec, tiny_clip):
 
 
 def test_official_names_fit_its_state(spec, tiny_clip):
-    """A state dict under the official names loads; unknown, missing and misshapen parameters are named."""
+    """A state dict under the official names loads; unknown, missing and misshapen
+    parameters are named.
+    """
     method, other = make(spec, tiny_clip), make(spec, tiny_clip, seed=7)
     names, state = method.official_names(), method.state_dict()
     assert set(names.values()) <= set(state)
     official = {key: state[ours].clone() for key, ours in names.items()}
-    checkpoint = {"state_dict": official | {"prompt_learner.token_prefix": torch.zeros(2)}, "epoch": 3}
+    checkpoint = {
+        "state_dict": official | {"prompt_learner.token_prefix": torch.zeros(2)},
+        "epoch": 3,
+    }
     other.load_official(checkpoint)
     for ours in names.values():
         assert torch.equal(other.state_dict()[ours], state[ours])

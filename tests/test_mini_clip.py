@@ -29,12 +29,19 @@ def test_rows_that_are_not_shipped_are_the_same_everywhere(name):
     assert 1500 < shipped < 4000
 
 
-UNTOUCHED = {128: [0.0320859, 0.0027939, 0.0153159], 160: [0.0092473, -0.0064563, -0.0065649]}
+UNTOUCHED = {
+    128: [0.0320859, 0.0027939, 0.0153159],
+    160: [0.0092473, -0.0064563, -0.0065649],
+}
 
 
 def test_recipe_is_recorded_beside_the_weights():
     record = mini_clip.read_record("mini")
-    assert record["recipe"]["samples"] > 100_000 and record["seconds"] > 0 and record["device"]
+    assert (
+        record["recipe"]["samples"] > 100_000
+        and record["seconds"] > 0
+        and record["device"]
+    )
     losses = record["loss_every_50_steps"]
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
 
@@ -44,8 +51,13 @@ def test_missing_or_damaged_weights_say_what_to_do(damage, tmp_path):
     file = tmp_path / "mini.safetensors"
     whole = (mini_clip.ASSETS / "mini.safetensors").read_bytes()
     if damage != "missing":
-        file.write_bytes(whole[:100_000] if damage == "truncated" else b"not weights at all")
-    with pytest.raises(InputError, match=f"{'missing' if damage == 'missing' else 'damaged'}.*promptkit pretrain"):
+        file.write_bytes(
+            whole[:100_000] if damage == "truncated" else b"not weights at all"
+        )
+    with pytest.raises(
+        InputError,
+        match=f"{'missing' if damage == 'missing' else 'damaged'}.*promptkit pretrain",
+    ):
         mini_clip.build("mini", file)
 
 
@@ -61,7 +73,9 @@ def tiny_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
     model = dict(
         embed_dim=16,
-        vision_cfg=dict(image_size=48, patch_size=16, width=32, layers=1, head_width=16),
+        vision_cfg=dict(
+            image_size=48, patch_size=16, width=32, layers=1, head_width=16
+        ),
         text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1),
     )
     recipe = pretrain.Pretraining(model, samples=1152, named={"pet": 100}, images=1000)
@@ -71,7 +85,9 @@ def tiny_recipe(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_pretraining_goes_on_to_the_same_bits(tiny_recipe, monkeypatch):
-    whole = pretrain.pretrain("mini", tiny_recipe / "whole", device="cpu", progress=False)
+    whole = pretrain.pretrain(
+        "mini", tiny_recipe / "whole", device="cpu", progress=False
+    )
     rate = pretrain.learning_rate
 
     def killed(recipe, step, steps):
@@ -84,12 +100,16 @@ def test_an_interrupted_pretraining_goes_on_to_the_same_bits(tiny_recipe, monkey
         pretrain.pretrain("mini", tiny_recipe / "parts", device="cpu", progress=False)
     assert not (tiny_recipe / "parts").exists()
     monkeypatch.setattr(pretrain, "learning_rate", rate)
-    parts = pretrain.pretrain("mini", tiny_recipe / "parts", device="cpu", progress=False)
+    parts = pretrain.pretrain(
+        "mini", tiny_recipe / "parts", device="cpu", progress=False
+    )
     assert parts.read_bytes() == whole.read_bytes()
     record = json.loads(parts.with_suffix(".json").read_text())
     assert record["recipe"]["samples"] == 1152 and record["device"] == "cpu"
     model = mini_clip.build("mini", parts)
-    assert torch.isfinite(model.encode_text(torch.tensor([[49406, 320, 49407] + [0] * 74]))).all()
+    assert torch.isfinite(
+        model.encode_text(torch.tensor([[49406, 320, 49407] + [0] * 74]))
+    ).all()
 
 
 def test_pretraining_refuses_nonsense():

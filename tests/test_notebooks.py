@@ -1,4 +1,6 @@
-"""Every chapter: what is committed is executed and complete, and it runs anew in the `smoke` profile."""
+"""Every chapter: what is committed is executed and complete, and it runs anew in the
+`smoke` profile.
+"""
 
 import re
 import subprocess
@@ -18,7 +20,11 @@ chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem
 
 
 def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    return [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and cell.source.strip()
+    ]
 
 
 def is_executed_once_from_top_to_bottom(notebook, path):
@@ -27,36 +33,56 @@ def is_executed_once_from_top_to_bottom(notebook, path):
 
 
 def has_no_error_output(notebook, path):
-    errors = [out for cell in code_cells(notebook) for out in cell.outputs if out.output_type == "error"]
+    errors = [
+        out
+        for cell in code_cells(notebook)
+        for out in cell.outputs
+        if out.output_type == "error"
+    ]
     assert not errors, errors[0].evalue
 
 
 def shows_figures(notebook, path):
     outputs = [out for cell in code_cells(notebook) for out in cell.outputs]
-    assert any({"image/png", "image/svg+xml"} & set(out.get("data", {})) for out in outputs)
+    assert any(
+        {"image/png", "image/svg+xml"} & set(out.get("data", {})) for out in outputs
+    )
 
 
 def has_title(notebook, path):
     first = notebook.cells[0]
-    assert first.cell_type == "markdown" and re.match(r"(\([\w-]+\)=\n)?# \S", first.source)
+    assert first.cell_type == "markdown" and re.match(
+        r"(\([\w-]+\)=\n)?# \S", first.source
+    )
 
 
 def sets_up_colab_first(notebook, path):
     source = code_cells(notebook)[0].source
-    for words in ("import promptkit", "except ImportError", "%pip install", "github.com/promptkit/promptkit"):
+    for words in (
+        "import promptkit",
+        "except ImportError",
+        "%pip install",
+        "github.com/promptkit/promptkit",
+    ):
         assert words in source, f"the first code cell lacks {words!r}"
 
 
 def has_parameters(notebook, path):
-    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [
+        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
+    ]
     assert len(tagged) == 1
     parameters = papermill.inspect_notebook(path)
-    assert parameters["profile"]["default"].strip("'\"") == "mini", "the committed run is the `mini` profile"
+    assert parameters["profile"]["default"].strip("'\"") == "mini", (
+        "the committed run is the `mini` profile"
+    )
 
 
 def ends_with_the_full_run(notebook, path):
     last = notebook.cells[-1]
-    assert last.cell_type == "markdown" and re.search(r"PROFILE=full|--profile full", last.source)
+    assert last.cell_type == "markdown" and re.search(
+        r"PROFILE=full|--profile full", last.source
+    )
 
 
 CHECKS = [
@@ -79,7 +105,9 @@ def test_committed_notebook(path, check):
 
 
 def run(path, folder, **parameters):
-    """nbmake runs a copy with other parameters; what the run stores stays in a temporary folder."""
+    """nbmake runs a copy with other parameters; what the run stores stays in a
+    temporary folder.
+    """
     known = papermill.inspect_notebook(path)
     parameters = {key: value for key, value in parameters.items() if key in known}
     if "output" in known:
@@ -87,8 +115,18 @@ def run(path, folder, **parameters):
     notebook = parameterize_notebook(load_notebook_node(str(path)), parameters)
     nbformat.write(notebook, folder / path.name)
     (folder / "pytest.ini").write_text("[pytest]\n")  # not this project's options
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=240", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, path.name], cwd=folder, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbmake",
+        "--nbmake-timeout=240",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [*command, path.name], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -97,9 +135,13 @@ def test_runs_in_the_smoke_profile(path, tmp_path):
     run(path, tmp_path, profile="smoke")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)  # the first is about the mini world alone
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS[1:], ids=lambda path: path.stem
+)  # the first is about the mini world alone
 def test_runs_in_the_full_profile(path, tmp_path, real_root, monkeypatch):  # noqa: F811
-    """By the papers' recipes on few images in a real dataset's format, and with the mini CLIP."""
+    """By the papers' recipes on few images in a real dataset's format, and with the
+    mini CLIP.
+    """
     monkeypatch.setenv("PROMPTKIT_DATA", str(real_root))
     datasets = ["imagenet"] if "tpt" in path.stem else ["eurosat"]
     run(path, tmp_path, profile="full", model="mini", datasets=datasets, seeds=[1, 2])

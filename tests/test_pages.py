@@ -16,7 +16,14 @@ from promptkit import chapter as chapters
 from promptkit import data, pages, protocols
 from promptkit.errors import InputError
 from promptkit.pages import equal_host, title
-from promptkit.results import check_claim, label, load_claims, mini_runs, save_claims, save_run
+from promptkit.results import (
+    check_claim,
+    label,
+    load_claims,
+    mini_runs,
+    save_claims,
+    save_run,
+)
 from promptkit.train import Setting, recipe
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +33,12 @@ def store(folder, method, base, new, overrides=None):
     for n, task in enumerate(("pets", "cars")):
         for seed in (1, 2, 3) if method != "clip" else (0,):
             record = base_new(
-                base + seed + n, new - seed, dataset=task, method=method, seed=seed, shots=16 * (seed > 0)
+                base + seed + n,
+                new - seed,
+                dataset=task,
+                method=method,
+                seed=seed,
+                shots=16 * (seed > 0),
             )
             record["config"] |= {"profile": "mini", "overrides": overrides or {}}
             save_run(record, folder)
@@ -40,38 +52,68 @@ def test_leaderboard(tmp_path):
     host, overrides = equal_host("dept(coop)")
     store(tmp_path, host, 82, 51, overrides)
     page = pages.leaderboard(tmp_path / "book", tmp_path).read_text()
-    rows = re.findall(r"^\| ([^|]+?) \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\| ([\d.]+)", page, re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+?) \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\| ([\d.]+)", page, re.MULTILINE
+    )
     order = [name for name, *_ in rows]
-    assert order[0] == "KgCoOp" and set(order) == {"Zero-shot CLIP", "CoOp", "CoOp*", "KgCoOp", "DePT + CoOp"}
+    assert order[0] == "KgCoOp" and set(order) == {
+        "Zero-shot CLIP",
+        "CoOp",
+        "CoOp*",
+        "KgCoOp",
+        "DePT + CoOp",
+    }
     values = [float(row[3]) for row in rows]
     assert values == sorted(values, reverse=True)
-    assert re.search(r"KgCoOp is above CoOp on new classes\. \| \+16\.0 .*\| \*\*holds\*\*", page)
-    assert re.search(r"DePT raises CoOp on new classes, at equal settings\. \| \+4\.0", page)
+    assert re.search(
+        r"KgCoOp is above CoOp on new classes\. \| \+16\.0 .*\| \*\*holds\*\*", page
+    )
+    assert re.search(
+        r"DePT raises CoOp on new classes, at equal settings\. \| \+4\.0", page
+    )
     assert '--seeds 1,2,3 --methods "clip,coop,dept(coop),kgcoop"' in page
-    assert 'promptkit run coop --protocol base-to-new --data all --seeds 1,2,3 --set "batch_size=8" --set' in page
+    assert (
+        "promptkit run coop --protocol base-to-new --data all --seeds 1,2,3 --set"
+        ' "batch_size=8" --set' in page
+    )
     assert (tmp_path / "book" / "_static" / "leaderboard.svg").stat().st_size > 5000
     first = (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes()
     pages.leaderboard(tmp_path / "book", tmp_path)
-    assert (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes() == first  # made anew, it is the same
+    assert (
+        tmp_path / "book" / "_static" / "leaderboard.svg"
+    ).read_bytes() == first  # made anew, it is the same
     pages.leaderboard(tmp_path / "book", tmp_path, table=tmp_path / "runs.csv")
     kept = pd.read_csv(tmp_path / "runs.csv", keep_default_na=False)
     assert [c.text for c in pages.compared(kept, "kgcoop")] == [
         "KgCoOp is above CoOp on new classes.",
         "KgCoOp is above CoOp in harmonic mean.",
     ]
-    assert [c.estimate for c in pages.compared(kept, "dept")] == pytest.approx([3.0, 4.0, 3.98], abs=0.01)
+    assert [c.estimate for c in pages.compared(kept, "dept")] == pytest.approx(
+        [3.0, 4.0, 3.98], abs=0.01
+    )
     below = pages.compared(kept, "coop")[1]
-    assert below.text == "CoOp is below Zero-shot CLIP on new classes." and below.estimate == pytest.approx(15 + 2)
+    assert (
+        below.text == "CoOp is below Zero-shot CLIP on new classes."
+        and below.estimate == pytest.approx(15 + 2)
+    )
     with pytest.raises(InputError, match="no base-to-new runs"):
         pages.leaderboard(tmp_path / "book", tmp_path / "nothing")
 
 
 def test_claims(tmp_path):
     save_claims(
-        "04_cocoop", [check_claim("A beats B.", [1.0, 1.1, 1.2]), check_claim("B beats A.", [-1.0, 1.0])], tmp_path
+        "04_cocoop",
+        [
+            check_claim("A beats B.", [1.0, 1.1, 1.2]),
+            check_claim("B beats A.", [-1.0, 1.0]),
+        ],
+        tmp_path,
     )
     page = pages.claims(tmp_path / "book", tmp_path).read_text()
-    assert "2 claims, 1 hold, 0 do not, 1 are undecided" in page and "{doc}`/notebooks/04_cocoop`" in page
+    assert (
+        "2 claims, 1 hold, 0 do not, 1 are undecided" in page
+        and "{doc}`/notebooks/04_cocoop`" in page
+    )
     assert "| A beats B. | +1.1" in page and "**holds**" in page
     with pytest.raises(InputError, match="no claims"):
         pages.claims(tmp_path / "book", tmp_path / "nothing")
@@ -80,22 +122,33 @@ def test_claims(tmp_path):
 def test_equal_hosts_have_the_plugins_settings():
     for host in ("coop", "cocoop", "kgcoop", "maple", "promptsrc"):
         name, overrides = equal_host(f"dept({host})")
-        wanted, own = (recipe(spec, Setting("base-to-new", "sat", 16, "mini")) for spec in (f"dept({host})", host))
+        wanted, own = (
+            recipe(spec, Setting("base-to-new", "sat", 16, "mini"))
+            for spec in (f"dept({host})", host)
+        )
         assert name == host
         for field in ("epochs", "lr", "batch_size"):
             assert overrides.get(field, getattr(own, field)) == getattr(wanted, field)
-    assert equal_host("dept(coop)")[1]["init"] == ""  # sixteen random vectors, as in the plug-in's code
+    assert (
+        equal_host("dept(coop)")[1]["init"] == ""
+    )  # sixteen random vectors, as in the plug-in's code
 
 
 def test_runs_of_the_package():
-    """All that the leaderboard ranks, on all tasks and seeds; its page says the same."""
+    """All that the leaderboard ranks, on all tasks and seeds; its page says the
+    same.
+    """
     runs = mini_runs()
     seeds = runs[runs["seed"] > 0].groupby(label(runs))["seed"].nunique()
-    assert set(runs["dataset"]) == set(data.MINI_TASKS) and seeds.min() == seeds.max() >= 3
+    assert (
+        set(runs["dataset"]) == set(data.MINI_TASKS) and seeds.min() == seeds.max() >= 3
+    )
     assert set(mini_runs(method="coop", split="new")["split"]) == {"new"}
     page = (ROOT / "book" / "leaderboard.md").read_text()
     claims = pages.compared(runs)
-    assert len(claims) > 15 and all(f"| {c.text} | {c.measured()} | **{c.verdict}** |" in page for c in claims)
+    assert len(claims) > 15 and all(
+        f"| {c.text} | {c.measured()} | **{c.verdict}** |" in page for c in claims
+    )
 
 
 def test_titles():
@@ -106,25 +159,55 @@ def test_chapter(tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: tiny())
     monkeypatch.setattr(chapters, "load_clip", lambda *args, **kwargs: tiny())
     protocols._clip.cache_clear()
-    chapter = chapters.Chapter("99_test", "smoke", seeds=[1, 2, 3], shots=2, output=str(tmp_path))
-    assert chapter.tasks == [chapters.SMOKE_TASK] and chapter.seeds == [1] and chapter.workers == 1
-    assert chapter.few("sat", "pets") == ["sat"] and chapter.few("planes", n=1) == chapter.tasks[:1]
-    runs = chapter.sweep("base-to-new", ["clip", ("coop", {"n_ctx": 2, "init": ""})], ["sat"])
-    assert set(runs["method"]) == {"clip", "coop"} and sorted(runs.query("method == 'coop'")["seed"].unique()) == [1]
+    chapter = chapters.Chapter(
+        "99_test", "smoke", seeds=[1, 2, 3], shots=2, output=str(tmp_path)
+    )
+    assert (
+        chapter.tasks == [chapters.SMOKE_TASK]
+        and chapter.seeds == [1]
+        and chapter.workers == 1
+    )
+    assert (
+        chapter.few("sat", "pets") == ["sat"]
+        and chapter.few("planes", n=1) == chapter.tasks[:1]
+    )
+    runs = chapter.sweep(
+        "base-to-new", ["clip", ("coop", {"n_ctx": 2, "init": ""})], ["sat"]
+    )
+    assert set(runs["method"]) == {"clip", "coop"} and sorted(
+        runs.query("method == 'coop'")["seed"].unique()
+    ) == [1]
     done = chapter.train("coop", "sat")
-    assert done.history.steps and len(done.method.classnames) == len(done.training.classnames) == 5
-    chapter.verdicts(check_claim("A beats B.", [1.0, 1.1]), *chapter.leaderboard("maple"))
+    assert (
+        done.history.steps
+        and len(done.method.classnames) == len(done.training.classnames) == 5
+    )
+    chapter.verdicts(
+        check_claim("A beats B.", [1.0, 1.1]), *chapter.leaderboard("maple")
+    )
     first, *others = load_claims(tmp_path)["99_test"]
-    assert first.text == "A beats B." and others and all("eleven tasks: MaPLe is" in claim.text for claim in others)
+    assert (
+        first.text == "A beats B."
+        and others
+        and all("eleven tasks: MaPLe is" in claim.text for claim in others)
+    )
     full = chapters.Chapter("99_test", "full")
     assert full.leaderboard("maple") == []
-    assert (full.model, full.pretrained) == ("ViT-B-16", "openai") and full.tasks == list(data.DATASETS)
+    assert (full.model, full.pretrained) == (
+        "ViT-B-16",
+        "openai",
+    ) and full.tasks == list(data.DATASETS)
     assert chapters.Chapter("99_test", "full", model="mini").pretrained is None
     own = {"datasets": None, "mini": ["pets", "sat"]}
     assert chapters.Chapter("99_test", **own).tasks == ["pets", "sat"]
     assert chapters.Chapter("99_test", "full", **own).tasks == list(data.DATASETS)
-    assert chapters.Chapter("99_test", "full", **own, full=["imagenet"]).tasks == ["imagenet"]
-    assert chapters.Chapter("99_test", "full", "eurosat, dtd").tasks == ["eurosat", "dtd"]
+    assert chapters.Chapter("99_test", "full", **own, full=["imagenet"]).tasks == [
+        "imagenet"
+    ]
+    assert chapters.Chapter("99_test", "full", "eurosat, dtd").tasks == [
+        "eurosat",
+        "dtd",
+    ]
     with pytest.raises(InputError, match="unknown profile"):
         chapters.Chapter("99_test", "huge")
     assert "class Trained" in str(chapters.source(chapters.Trained))

@@ -37,13 +37,20 @@ def few_shot_runs():
         for method in ("coop", "kgcoop", "linear-probe") for d in ("pets", "cars")
         for n in (1, 4, 16) for s in (1, 2, 3)
     ]  # fmt: skip
-    return table(*runs, *(record("clip", d, 0, "few-shot", shots=0, all=55) for d in ("pets", "cars")))
+    return table(
+        *runs,
+        *(record("clip", d, 0, "few-shot", shots=0, all=55) for d in ("pets", "cars")),
+    )
 
 
 def test_few_shot_curves():
     figure = few_shot_curves(few_shot_runs(), names={"coop": "CoOp"})
     panels = [axis for axis in figure.axes if axis.axison]
-    assert [axis.get_title() for axis in panels] == ["average of 2 datasets", "cars", "pets"]
+    assert [axis.get_title() for axis in panels] == [
+        "average of 2 datasets",
+        "cars",
+        "pets",
+    ]
     assert all(axis.get_xlabel() and "%" in axis.get_ylabel() for axis in panels)
     handles, texts = panels[0].get_legend_handles_labels()
     assert set(texts) == {"CoOp", "kgcoop", "linear-probe", "clip (zero-shot)"}
@@ -51,7 +58,10 @@ def test_few_shot_curves():
         text: handle.lines[0] if hasattr(handle, "lines") else handle
         for handle, text in zip(handles, texts, strict=True)
     }
-    assert lines["clip (zero-shot)"].get_marker() == "*" and lines["clip (zero-shot)"].get_xdata()[0] == 0
+    assert (
+        lines["clip (zero-shot)"].get_marker() == "*"
+        and lines["clip (zero-shot)"].get_xdata()[0] == 0
+    )
     assert lines["linear-probe"].get_linestyle() == ":"
     looks = {(line.get_marker(), line.get_linestyle()) for line in lines.values()}
     assert len(looks) == 4  # told apart without colour
@@ -64,10 +74,16 @@ def test_one_dataset_needs_no_average():
 
 
 def test_base_new_bars():
-    runs = table(*(base_new(80 + s, 60, seed=s) for s in (1, 2, 3)), base_new(70, 65, method="clip", seed=0, shots=0))
+    runs = table(
+        *(base_new(80 + s, 60, seed=s) for s in (1, 2, 3)),
+        base_new(70, 65, method="clip", seed=0, shots=0),
+    )
     figure = base_new_bars(runs, names={"clip": "CLIP"})
     (axis,) = figure.axes
-    assert {t.get_text() for t in axis.get_xticklabels()} == {"CLIP", "coop"} and "%" in axis.get_ylabel()
+    assert {t.get_text() for t in axis.get_xticklabels()} == {
+        "CLIP",
+        "coop",
+    } and "%" in axis.get_ylabel()
     assert len({bar.get_hatch() for bar in axis.patches}) == 3
     assert {t.get_text() for t in axis.texts} >= {"82.0", "60.0", "70.0", "65.0"}
     figure.canvas.draw()
@@ -91,14 +107,23 @@ def test_image_grid():
 def test_loss_curve():
     figure = loss_curve({"CoOp": [3, 2, 1], "KgCoOp": [3, 2.5, 2]}, smooth=2)
     (axis,) = figure.axes
-    assert axis.lines[0].get_ydata().tolist() == [3, 2.5, 1.5] and "nats" in axis.get_ylabel()
-    assert axis.lines[0].get_linestyle() != axis.lines[1].get_linestyle() and axis.get_legend()
+    assert (
+        axis.lines[0].get_ydata().tolist() == [3, 2.5, 1.5]
+        and "nats" in axis.get_ylabel()
+    )
+    assert (
+        axis.lines[0].get_linestyle() != axis.lines[1].get_linestyle()
+        and axis.get_legend()
+    )
     loss_curve([3, 2, 1])
 
 
 def test_similarity_map():
     figure = similarity_map(np.eye(3), list("abc"), list("xyz"), "features")
-    assert figure.axes[0].get_title() == "features" and figure.axes[1].get_ylabel() == "cosine similarity"
+    assert (
+        figure.axes[0].get_title() == "features"
+        and figure.axes[1].get_ylabel() == "cosine similarity"
+    )
     assert [t.get_text() for t in figure.axes[0].texts][:2] == ["1.00", "0.00"]
     with pytest.raises(InputError, match="do not match"):
         similarity_map(np.eye(3), list("ab"), list("xyz"))
@@ -112,7 +137,10 @@ def playground():
         asked.append((index, names, template))
         return [0.9, *[0.1 / (len(names) - 1)] * (len(names) - 1)]
 
-    return Playground(classify, images, ["first", "second"], ["pug", "cat & dog"]), asked
+    return (
+        Playground(classify, images, ["first", "second"], ["pug", "cat & dog"]),
+        asked,
+    )
 
 
 def test_playground_answers_its_controls():
@@ -130,48 +158,84 @@ def test_playground_is_static_html_without_a_kernel():
     widget, _ = playground()
     bundle = widget._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert "cat &amp; dog" in bundle["text/html"] and "data:image/png;base64," in bundle["text/html"]
+    assert (
+        "cat &amp; dog" in bundle["text/html"]
+        and "data:image/png;base64," in bundle["text/html"]
+    )
 
 
 def test_difference_bars_are_sorted():
     cells = [(d, s) for d in ("pets", "cars") for s in (1, 2)]
-    ours = [base_new(80 + s, 60 + 5 * (d == "cars"), dataset=d, seed=s) for d, s in cells]
-    runs = table(*ours, *(base_new(70, 60, dataset=d, method="kgcoop", seed=s) for d, s in cells))
+    ours = [
+        base_new(80 + s, 60 + 5 * (d == "cars"), dataset=d, seed=s) for d, s in cells
+    ]
+    runs = table(
+        *ours, *(base_new(70, 60, dataset=d, method="kgcoop", seed=s) for d, s in cells)
+    )
     figure = difference_bars(runs, "coop", "kgcoop", names={"coop": "CoOp"})
     left, right = figure.axes
-    assert left.get_title() == "base classes" and "CoOp − kgcoop (points)" in left.get_xlabel()
-    assert [bar.get_width() for bar in right.patches] == sorted(bar.get_width() for bar in right.patches) == [0, 5]
+    assert (
+        left.get_title() == "base classes"
+        and "CoOp − kgcoop (points)" in left.get_xlabel()
+    )
+    assert (
+        [bar.get_width() for bar in right.patches]
+        == sorted(bar.get_width() for bar in right.patches)
+        == [0, 5]
+    )
     assert [text.get_text() for text in right.get_yticklabels()] == ["pets", "cars"]
 
 
 def test_option_curves_read_the_overrides():
-    runs = [base_new(70 + k, 60, seed=s, overrides={"lam": k, "epochs": 3}) for k in (1, 2, 4) for s in (1, 2)]
+    runs = [
+        base_new(70 + k, 60, seed=s, overrides={"lam": k, "epochs": 3})
+        for k in (1, 2, 4)
+        for s in (1, 2)
+    ]
     figure = option_curves(table(*runs), "lam", xlabel="weight λ")
     (axis,) = figure.axes
     assert axis.get_xlabel() == "weight λ"
     line = next(c for c in axis.containers if c.get_label() == "base classes")
-    assert list(line[0].get_xdata()) == [1, 2, 4] and list(line[0].get_ydata()) == [71, 72, 74]
+    assert list(line[0].get_xdata()) == [1, 2, 4] and list(line[0].get_ydata()) == [
+        71,
+        72,
+        74,
+    ]
     with pytest.raises(InputError, match="no runs were given the option 'n_ctx'"):
         option_curves(table(*runs), "n_ctx")
 
 
 def test_base_new_plane_draws_arrows():
     cells = [(d, s) for d in ("pets", "cars") for s in (1, 2)]
-    plugin = [base_new(85, 62 + s, method="dept(coop)", seed=s, dataset=d) for d, s in cells]
+    plugin = [
+        base_new(85, 62 + s, method="dept(coop)", seed=s, dataset=d) for d, s in cells
+    ]
     runs = table(*(base_new(80, 60 + s, seed=s, dataset=d) for d, s in cells), *plugin)
     figure = base_new_plane(runs, [("coop", "dept(coop)")], {"coop": "CoOp"})
     (axis,) = figure.axes
     texts = [text for text in axis.texts if text.get_text() in ("CoOp", "dept(coop)")]
-    assert len(texts) == 2 and any(getattr(text, "arrow_patch", None) for text in axis.texts)
+    assert len(texts) == 2 and any(
+        getattr(text, "arrow_patch", None) for text in axis.texts
+    )
     assert len({line.get_marker() for line in axis.lines}) == 2
     figure.canvas.draw()
 
 
 def test_labels_of_near_points_do_not_cover_each_other():
     near = [("coop", 80.0), ("cocoop", 80.1), ("kgcoop", 80.2), ("maple", 70)]
-    runs = table(*(base_new(base, base - 20, method=name, seed=s) for name, base in near for s in (1, 2)))
+    runs = table(
+        *(
+            base_new(base, base - 20, method=name, seed=s)
+            for name, base in near
+            for s in (1, 2)
+        )
+    )
     figure = base_new_plane(runs)
     figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() in dict(near)]
+    boxes = [
+        text.get_window_extent()
+        for text in figure.axes[0].texts
+        if text.get_text() in dict(near)
+    ]
     pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
     assert len(boxes) == 4 and not any(a.overlaps(b) for a, b in pairs)

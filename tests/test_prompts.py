@@ -23,7 +23,10 @@ def rows(prompt, group=0):
 
 def embedded(clip, *parts):
     """SOS, parts (text or vectors), EOT: (n, D)."""
-    parts = [clip.embed(clip.encode(part)) if isinstance(part, str) else part for part in parts]
+    parts = [
+        clip.embed(clip.encode(part)) if isinstance(part, str) else part
+        for part in parts
+    ]
     return torch.cat([clip.embed([SOS]), *parts, clip.embed([EOT])])
 
 
@@ -41,14 +44,20 @@ def test_end_middle_front(tiny_clip):
             }[position]
             assert_close(row, embedded(tiny_clip, *expected), rtol=0, atol=0)
     assert Context(tiny_clip, NAMES, 5).prompt().prefix.shape == (1, 6, 32)
-    assert Context(tiny_clip, NAMES, 5, position="middle").prompt().prefix.shape == (1, 3, 32)
+    assert Context(tiny_clip, NAMES, 5, position="middle").prompt().prefix.shape == (
+        1,
+        3,
+        32,
+    )
 
 
 def test_class_specific(tiny_clip):
     for position in ("end", "middle", "front"):
         context = Context(tiny_clip, NAMES, 4, position=position, class_specific=True)
         assert context.vectors.shape == (4, 4, 32)
-        for name, v, row in zip(NAMES, context.vectors, rows(context.prompt()), strict=True):
+        for name, v, row in zip(
+            NAMES, context.vectors, rows(context.prompt()), strict=True
+        ):
             expected = {
                 "end": [v, name + "."],
                 "middle": [v[:2], name, v[2:], "."],
@@ -59,7 +68,9 @@ def test_class_specific(tiny_clip):
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_vectors_of_groups(tiny_clip, position):
-    """Contexts of an image, and of an image and class, stand where the learned ones would."""
+    """Contexts of an image, and of an image and class, stand where the learned ones
+    would.
+    """
     context = Context(tiny_clip, NAMES, 4, position=position)
     for shape in ((3, 1, 4, 32), (3, 4, 4, 32)):
         vectors = torch.randn(shape)
@@ -76,12 +87,16 @@ def test_words(tiny_clip):
     assert context.vectors.shape == (4, 32) and not context.class_specific
     oracle = tiny_clip.encode_text([f"a photo of a {name}." for name in NAMES])
     assert_close(tiny_clip.text(context.prompt())[0], oracle)
-    assert_close(Context(tiny_clip, NAMES, words="a_photo_of_a").vectors, context.vectors)
+    assert_close(
+        Context(tiny_clip, NAMES, words="a_photo_of_a").vectors, context.vectors
+    )
     assert Context(tiny_clip, NAMES, 3, words="").vectors.shape == (3, 32)
 
 
 def test_words_of_several_tokens(tiny_clip):
-    """As many words as vectors; further tokens stay fixed behind the context, so the sentence is whole."""
+    """As many words as vectors; further tokens stay fixed behind the context, so the
+    sentence is whole.
+    """
     words = "an itap-style photograph"
     ids = tiny_clip.encode(words)
     assert len(ids) > 3
@@ -95,7 +110,10 @@ def test_words_of_several_tokens(tiny_clip):
 
 def test_random_initialisation(tiny_clip):
     first, second = (
-        Context(tiny_clip, NAMES, 16, std=0.02, generator=torch.Generator().manual_seed(3)).vectors for _ in range(2)
+        Context(
+            tiny_clip, NAMES, 16, std=0.02, generator=torch.Generator().manual_seed(3)
+        ).vectors
+        for _ in range(2)
     )
     assert torch.equal(first, second)
     assert abs(first.std().item() - 0.02) < 0.003 and abs(first.mean().item()) < 0.003
@@ -125,14 +143,20 @@ def test_set_classes(tiny_clip):
 
 
 def test_segments_of_every_kind(tiny_clip):
-    """Attributes between learned tokens, texts of each class, token ids: as one sentence."""
+    """Attributes between learned tokens, texts of each class, token ids: as one
+    sentence.
+    """
     a, b, c = torch.randn(2, 32), torch.randn(4, 1, 32), torch.randn(3, 32)
     ids = torch.tensor(tiny_clip.encode("shape"))
     texts = ["a dog", "a dog", "a street", "a lamp made of a pumpkin"]
-    prompt = assemble(tiny_clip, NAMES, [a, "color", b, ids, "{}, which is", texts, c, "."])
+    prompt = assemble(
+        tiny_clip, NAMES, [a, "color", b, ids, "{}, which is", texts, c, "."]
+    )
     # The comma joins the class name's own punctuation: "St.," is tokenised as a whole.
     for i, (name, row) in enumerate(zip(NAMES, rows(prompt), strict=True)):
-        expected = embedded(tiny_clip, a, "color", b[i], "shape", f"{name}, which is", texts[i], c, ".")
+        expected = embedded(
+            tiny_clip, a, "color", b[i], "shape", f"{name}, which is", texts[i], c, "."
+        )
         assert_close(row, expected, rtol=0, atol=0)
     assert prompt.prefix.shape == (1, 4, 32)  # SOS, a, "color": b differs by class
 
@@ -144,24 +168,35 @@ def test_prompt_without_names(tiny_clip):
 
 
 def test_template_is_reused(tiny_clip):
-    """A step only concatenates: the suffix of a shared context at the end is one constant tensor."""
+    """A step only concatenates: the suffix of a shared context at the end is one
+    constant tensor.
+    """
     template = Template(tiny_clip, NAMES, [3, "{}."])
     first, second = template(torch.zeros(3, 32)), template(torch.ones(3, 32))
     assert first.suffix is second.suffix and first.eot is second.eot
 
 
 def test_gradients_reach_every_slot(tiny_clip):
-    a, b = torch.randn(2, 32, requires_grad=True), torch.randn(4, 3, 32, requires_grad=True)
+    a, b = (
+        torch.randn(2, 32, requires_grad=True),
+        torch.randn(4, 3, 32, requires_grad=True),
+    )
     prompt = assemble(tiny_clip, NAMES, [a, "{}", b, a, "."])
-    oracle = plain_text(tiny_clip.model, prompt.full()[0], prompt.eot + prompt.prefix.shape[1])
+    oracle = plain_text(
+        tiny_clip.model, prompt.full()[0], prompt.eot + prompt.prefix.shape[1]
+    )
     weights = torch.randn_like(oracle)
-    ours = torch.autograd.grad(tiny_clip.text(prompt)[0], (a, b), weights, retain_graph=True)
+    ours = torch.autograd.grad(
+        tiny_clip.text(prompt)[0], (a, b), weights, retain_graph=True
+    )
     plain = torch.autograd.grad(oracle, (a, b), weights)
     for x, y in zip(ours, plain, strict=True):
         assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
 
 
-names = st.text(min_size=1, max_size=30).filter(lambda s: s.replace("_", " ").strip()) | st.sampled_from(
+names = st.text(min_size=1, max_size=30).filter(
+    lambda s: s.replace("_", " ").strip()
+) | st.sampled_from(
     [
         "737-800",
         "Jack-O-Lantern",
@@ -178,9 +213,15 @@ names = st.text(min_size=1, max_size=30).filter(lambda s: s.replace("_", " ").st
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(names, min_size=1, max_size=5), st.sampled_from(["end", "middle", "front"]), st.integers(1, 5))
+@given(
+    st.lists(names, min_size=1, max_size=5),
+    st.sampled_from(["end", "middle", "front"]),
+    st.integers(1, 5),
+)
 def test_any_names(tiny_clip, classnames, position, length):
-    """Any names at any position: the features of the plain pass over the tokens of their sentences."""
+    """Any names at any position: the features of the plain pass over the tokens of
+    their sentences.
+    """
     try:
         context = Context(tiny_clip, classnames, length, position=position)
     except InputError as error:
@@ -191,18 +232,29 @@ def test_any_names(tiny_clip, classnames, position, length):
     texts = [name.replace("_", " ") for name in classnames]
     v, half = context.vectors, length // 2
     for text, row, feature in zip(texts, rows(prompt), ours, strict=True):
-        parts = {"end": [v, text + "."], "middle": [v[:half], text, v[half:], "."], "front": [text, v, "."]}[position]
+        parts = {
+            "end": [v, text + "."],
+            "middle": [v[:half], text, v[half:], "."],
+            "front": [text, v, "."],
+        }[position]
         expected = embedded(tiny_clip, *parts)
         assert_close(row, expected, rtol=0, atol=0)
-        oracle = plain_text(tiny_clip.model, expected[None], torch.tensor([len(expected) - 1]))[0]
+        oracle = plain_text(
+            tiny_clip.model, expected[None], torch.tensor([len(expected) - 1])
+        )[0]
         assert_close(feature, oracle, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(names, min_size=1, max_size=5))
 def test_any_sentence(tiny_clip, classnames):
-    """A template around any name, tokenised jointly, is open_clip's own encoding of the sentence."""
-    texts = ["a photo of a {}, a type of pet.".replace("{}", name.replace("_", " ")) for name in classnames]
+    """A template around any name, tokenised jointly, is open_clip's own encoding of the
+    sentence.
+    """
+    texts = [
+        "a photo of a {}, a type of pet.".replace("{}", name.replace("_", " "))
+        for name in classnames
+    ]
     try:
         prompt = assemble(tiny_clip, classnames, ["a photo of a {}, a type of pet."])
     except InputError as error:
@@ -215,7 +267,9 @@ def test_any_sentence(tiny_clip, classnames):
 
 def test_name_too_long(tiny_clip):
     long = "a very " * 30 + "long name"
-    with pytest.raises(InputError, match=r"'a very a very .*\.\.\.' takes 81 tokens.* at most 77"):
+    with pytest.raises(
+        InputError, match=r"'a very a very .*\.\.\.' takes 81 tokens.* at most 77"
+    ):
         Context(tiny_clip, ["dog", long], 16)
     fits = "very " * 70
     Context(tiny_clip, ["dog", fits], 4)  # SOS, 4, 70, ".", EOT

@@ -1,4 +1,6 @@
-"""The four protocols, grids of runs, stored results and tuning, on a tiny random CLIP and toy images."""
+"""The four protocols, grids of runs, stored results and tuning, on a tiny random CLIP
+and toy images.
+"""
 
 import json
 import os
@@ -43,9 +45,23 @@ QUICK = {"epochs": 2, "batch_size": 8, "n_ctx": 2, "init": "", "progress": False
 def tiny(layers=2):
     """A CLIP of two blocks a tower, or more, with random weights."""
     torch.manual_seed(0)
-    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": layers, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": layers}
-    return FrozenCLIP(open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text), name="tiny")
+    vision = {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 32,
+        "layers": layers,
+        "head_width": 16,
+    }
+    text = {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": layers,
+    }
+    return FrozenCLIP(
+        open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text), name="tiny"
+    )
 
 
 @cache
@@ -57,10 +73,24 @@ def toy(name="toy", each=6):
     def split(part):
         labels = torch.arange(len(NAMES)).repeat_interleave(each)
         noise = 30 * torch.randn(len(labels), 3, 16, 16, generator=generator)
-        pixels = (F.interpolate(colours, (16, 16))[labels] + noise).clamp(0, 255).to(torch.uint8)
-        return Split(labels, lambda: pixels, torch.arange(len(labels)), f"{name}-{part}-{each}")
+        pixels = (
+            (F.interpolate(colours, (16, 16))[labels] + noise)
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
+        return Split(
+            labels, lambda: pixels, torch.arange(len(labels)), f"{name}-{part}-{each}"
+        )
 
-    return Dataset(name, name, NAMES, "a photo of a {}.", split("train"), split("val"), split("test"))
+    return Dataset(
+        name,
+        name,
+        NAMES,
+        "a photo of a {}.",
+        split("train"),
+        split("val"),
+        split("test"),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -85,19 +115,40 @@ def test_few_shot_rows_hold_everything(folder):
         "toy",
         "all",
     )
-    assert (row.shots, row.seed, row.metric, row.profile, row.model) == (4, 3, "accuracy", "mini", "tiny")
+    assert (row.shots, row.seed, row.metric, row.profile, row.model) == (
+        4,
+        3,
+        "accuracy",
+        "mini",
+        "tiny",
+    )
     assert 0 <= row.value <= 100 and row.seconds > 0 and row.device == "cpu"
-    assert row.torch.startswith(torch.__version__.split("+")[0]) and row.open_clip and row.python and row.promptkit
+    assert (
+        row.torch.startswith(torch.__version__.split("+")[0])
+        and row.open_clip
+        and row.python
+        and row.promptkit
+    )
     assert row.options == "batch_size=8, epochs=2, init=, n_ctx=2"
     (path,) = files(folder)
-    assert row.hash in path.name and len(read_run(path)["training"]["losses"]) == 2 * (24 // 8)
+    assert row.hash in path.name and len(read_run(path)["training"]["losses"]) == 2 * (
+        24 // 8
+    )
     assert load_results().equals(rows)
 
 
 def test_same_seed_same_bits_and_another_draw_by_another():
-    runs = [few_shot("coop", toy(), 2, s, clip=tiny(), results=False, **QUICK).value[0] for s in (1, 1)]
+    runs = [
+        few_shot("coop", toy(), 2, s, clip=tiny(), results=False, **QUICK).value[0]
+        for s in (1, 1)
+    ]
     assert runs[0] == runs[1]
-    drawn = [prepare(Run("few-shot", "coop", toy(), seed=s, shots=2, clip=tiny())).training_set() for s in (1, 2)]
+    drawn = [
+        prepare(
+            Run("few-shot", "coop", toy(), seed=s, shots=2, clip=tiny())
+        ).training_set()
+        for s in (1, 2)
+    ]
     assert drawn[0].train.rows.tolist() != drawn[1].train.rows.tolist()
 
 
@@ -111,37 +162,75 @@ def test_base_to_new_splits_and_harmonic_mean(folder):
     )
     assert base.classnames == NAMES[:3] and len(base.train) == 12
     drawn_for_base = everything.train.rows[everything.train.labels < 3]
-    assert base.train.rows.tolist() == drawn_for_base.tolist()  # drawn before the classes are selected
+    assert (
+        base.train.rows.tolist() == drawn_for_base.tolist()
+    )  # drawn before the classes are selected
 
 
 def test_zero_shot_has_neither_shots_nor_seed(folder):
-    rows = sweep("base-to-new", ["clip"], [toy()], seeds=[1, 2, 3], shots=[1, 4], clip=tiny(), progress=False)
+    rows = sweep(
+        "base-to-new",
+        ["clip"],
+        [toy()],
+        seeds=[1, 2, 3],
+        shots=[1, 4],
+        clip=tiny(),
+        progress=False,
+    )
     assert len(files(folder)) == 1 and set(rows.shots) == {0} and set(rows.seed) == {0}
-    again = base_to_new("clip", toy(), 16, 9, clip=tiny(), epochs=7, max_steps=3)  # nothing of which concerns it
+    again = base_to_new(
+        "clip", toy(), 16, 9, clip=tiny(), epochs=7, max_steps=3
+    )  # nothing of which concerns it
     assert again.hash[0] == rows.hash[0] and len(files(folder)) == 1
 
 
 @pytest.mark.parametrize("method", ["waffleclip", "tpt"])
 def test_what_trains_nothing_has_no_shots(folder, method):
     options = {"views": 2} if method == "tpt" else {}
-    rows = sweep("few-shot", [(method, options)], [toy()], seeds=[1], shots=[1, 4], clip=tiny(), progress=False)
+    rows = sweep(
+        "few-shot",
+        [(method, options)],
+        [toy()],
+        seeds=[1],
+        shots=[1, 4],
+        clip=tiny(),
+        progress=False,
+    )
     assert len(files(folder)) == 1 and set(rows.shots) == {0} and set(rows.seed) == {1}
 
 
 def test_a_template_that_is_asked_for_is_kept():
     values = [
-        few_shot("clip", toy(), clip=tiny(), **more) for more in ({}, {"template": "{}"}, {"template": "blue {}"})
+        few_shot("clip", toy(), clip=tiny(), **more)
+        for more in ({}, {"template": "{}"}, {"template": "blue {}"})
     ]
     assert len({rows.hash[0] for rows in values}) == 3
-    plan = prepare(Run("few-shot", "clip", toy(), clip=tiny(), overrides={"template": "blue {}"}))
+    plan = prepare(
+        Run("few-shot", "clip", toy(), clip=tiny(), overrides={"template": "blue {}"})
+    )
     assert plan.build(toy()).templates == ["blue {}"]
-    assert prepare(Run("few-shot", "clip", toy(), clip=tiny())).build(toy()).templates == [toy().template]
+    assert prepare(Run("few-shot", "clip", toy(), clip=tiny())).build(
+        toy()
+    ).templates == [toy().template]
 
 
 def test_linear_probe_is_measured_and_stored_like_a_method(folder):
-    rows = sweep("few-shot", ["linear-probe", "clip"], toy(), [1, 2], [2, 4], clip=tiny(), progress=False)
-    assert rows.method.tolist() == ["clip"] + 4 * ["linear-probe"] and len(files(folder)) == 5
-    assert rows[rows.method == "linear-probe"].value.min() > rows.value[0]  # colours are easy to tell apart
+    rows = sweep(
+        "few-shot",
+        ["linear-probe", "clip"],
+        toy(),
+        [1, 2],
+        [2, 4],
+        clip=tiny(),
+        progress=False,
+    )
+    assert (
+        rows.method.tolist() == ["clip"] + 4 * ["linear-probe"]
+        and len(files(folder)) == 5
+    )
+    assert (
+        rows[rows.method == "linear-probe"].value.min() > rows.value[0]
+    )  # colours are easy to tell apart
     with pytest.raises(InputError, match="measure it by few-shot, not base-to-new"):
         base_to_new("linear-probe", toy(), 2, clip=tiny())
     with pytest.raises(InputError, match="nothing to set, so not n_ctx"):
@@ -150,11 +239,19 @@ def test_linear_probe_is_measured_and_stored_like_a_method(folder):
 
 def test_transfer_protocols_share_their_training(folder, monkeypatch):
     trainings = []
-    monkeypatch.setattr(protocols, "fit", lambda *a, fit=protocols.fit, **k: trainings.append(1) or fit(*a, **k))
+    monkeypatch.setattr(
+        protocols,
+        "fit",
+        lambda *a, fit=protocols.fit, **k: trainings.append(1) or fit(*a, **k),
+    )
     shifts = [toy("toy-v2"), toy("toy-sketch")]
     monkeypatch.setattr(protocols, "_shifts", lambda dataset, root: shifts)
-    rows = cross_dataset("coop", toy(), [toy("other"), toy("third")], 2, clip=tiny(), **QUICK)
-    assert rows.target.tolist() == ["toy", "other", "third"] and set(rows.dataset) == {"toy"}
+    rows = cross_dataset(
+        "coop", toy(), [toy("other"), toy("third")], 2, clip=tiny(), **QUICK
+    )
+    assert rows.target.tolist() == ["toy", "other", "third"] and set(rows.dataset) == {
+        "toy"
+    }
     moved = protocols.domain_generalization("coop", toy(), 2, clip=tiny(), **QUICK)
     assert moved.target.tolist() == ["toy", "toy-v2", "toy-sketch"]
     assert len(trainings) == 1 and moved.value[0] == rows.value[0]
@@ -167,12 +264,24 @@ def test_transfer_protocols_share_their_training(folder, monkeypatch):
 
 def test_what_is_stored_is_not_run_again(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(protocols, "fit", lambda *a, fit=protocols.fit, **k: calls.append(1) or fit(*a, **k))
-    arguments = ("few-shot", ["clip", "coop", ("coop", {"n_ctx": 3})], [toy()], [1, 2], [2])
+    monkeypatch.setattr(
+        protocols,
+        "fit",
+        lambda *a, fit=protocols.fit, **k: calls.append(1) or fit(*a, **k),
+    )
+    arguments = (
+        "few-shot",
+        ["clip", "coop", ("coop", {"n_ctx": 3})],
+        [toy()],
+        [1, 2],
+        [2],
+    )
     quick = {"clip": tiny(), "progress": False, "overrides": {}}
     methods = [("coop", {"n_ctx": n, "init": "", "epochs": 1}) for n in (2, 3)]
     first = sweep(*arguments[:1], ["clip", *methods], *arguments[2:], **quick)
-    assert len(calls) == 5 and len(first) == 5  # clip once, two variants of CoOp by two seeds
+    assert (
+        len(calls) == 5 and len(first) == 5
+    )  # clip once, two variants of CoOp by two seeds
     stamps = {path: path.stat().st_mtime_ns for path in files(folder)}
     second = sweep(*arguments[:1], ["clip", *methods], *arguments[2:], **quick)
     assert second.equals(first) and len(calls) == 5
@@ -199,7 +308,9 @@ def test_another_configuration_is_another_run(change):
         options = {"shots": 2, "seed": 1, "clip": tiny()} | QUICK | more
         options.pop("progress")
         return protocols.config_hash(
-            protocols.grid("few-shot", "coop", toy(), options.pop("seed"), **options)[0].config
+            protocols.grid("few-shot", "coop", toy(), options.pop("seed"), **options)[
+                0
+            ].config
         )
 
     assert configuration() == configuration() != configuration(**change)
@@ -210,15 +321,25 @@ def test_code_and_weights_and_images_belong_to_the_configuration(monkeypatch):
     assert plan.config["clip"]["fingerprint"] == tiny().fingerprint
     assert (
         plan.config["images"]["toy"]
-        != prepare(Run("few-shot", "coop", toy(each=7), clip=tiny())).config["images"]["toy"]
+        != prepare(Run("few-shot", "coop", toy(each=7), clip=tiny())).config["images"][
+            "toy"
+        ]
     )
     source = protocols.inspect.getsource
     protocols._code.cache_clear()
-    monkeypatch.setattr(protocols.inspect, "getsource", lambda m: source(m).replace('"""CoOp:', '"""Other words:'))
-    assert protocols._code("coop") == plan.config["code"]  # a docstring changes no number
+    monkeypatch.setattr(
+        protocols.inspect,
+        "getsource",
+        lambda m: source(m).replace('"""CoOp:', '"""Other words:'),
+    )
+    assert (
+        protocols._code("coop") == plan.config["code"]
+    )  # a docstring changes no number
     protocols._code.cache_clear()
     monkeypatch.setattr(
-        protocols.inspect, "getsource", lambda m: source(m).replace("n_ctx: int = 16", "n_ctx: int = 8")
+        protocols.inspect,
+        "getsource",
+        lambda m: source(m).replace("n_ctx: int = 16", "n_ctx: int = 8"),
     )
     assert protocols._code("coop") != plan.config["code"]
     protocols._code.cache_clear()
@@ -232,7 +353,9 @@ def test_damaged_file_is_reported_and_run_again(folder):
         load_results()
     with pytest.warns(UserWarning, match=f"damaged result file .*{path.name}.*again"):
         second = few_shot("coop", toy(), 2, clip=tiny(), **QUICK)
-    assert second.value[0] == first.value[0] and load_results().value[0] == first.value[0]
+    assert (
+        second.value[0] == first.value[0] and load_results().value[0] == first.value[0]
+    )
 
 
 def test_failed_run_does_not_stop_the_others(folder, monkeypatch):
@@ -242,13 +365,20 @@ def test_failed_run_does_not_stop_the_others(folder, monkeypatch):
         return fit(method, dataset, recipe, seed, **options)
 
     monkeypatch.setattr(protocols, "fit", fit)
-    with pytest.raises(SweepError, match="1 of 2 runs failed.*coop on toy, 2 shots, seed 1: MemoryError: not enough"):
+    with pytest.raises(
+        SweepError,
+        match=(
+            "1 of 2 runs failed.*coop on toy, 2 shots, seed 1: MemoryError: not enough"
+        ),
+    ):
         sweep("few-shot", "coop", toy(), [1, 2], [2], clip=tiny(), **QUICK)
     assert load_results().seed.tolist() == [2]
 
 
 def test_save_keeps_the_trained_method(tmp_path):
-    rows = few_shot("coop", toy(), 2, clip=tiny(), save=tmp_path / "coop.safetensors", **QUICK)
+    rows = few_shot(
+        "coop", toy(), 2, clip=tiny(), save=tmp_path / "coop.safetensors", **QUICK
+    )
     method = load_method(tmp_path / "coop.safetensors", tiny())
     assert protocols.accuracy(method, toy().test) == rows.value[0]
 
@@ -275,7 +405,13 @@ def test_checkpoint_of_a_full_run_is_removed_when_done(folder):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_input(arguments, message):
-    options = {"method": "coop", "dataset": toy(), "shots": 2, "clip": tiny(), "progress": False} | arguments
+    options = {
+        "method": "coop",
+        "dataset": toy(),
+        "shots": 2,
+        "clip": tiny(),
+        "progress": False,
+    } | arguments
     with pytest.raises(InputError, match=message):
         few_shot(**options)
 
@@ -297,7 +433,11 @@ def test_other_bad_requests(folder):
 
 
 def test_class_specific_context_is_refused_before_training(monkeypatch):
-    monkeypatch.setattr(protocols, "fit", lambda *a, **k: pytest.fail("trained although new classes are impossible"))
+    monkeypatch.setattr(
+        protocols,
+        "fit",
+        lambda *a, **k: pytest.fail("trained although new classes are impossible"),
+    )
     with pytest.raises(InputError, match="class"):
         base_to_new("coop", toy(), 2, clip=tiny(), class_specific=True, **QUICK)
 
@@ -307,11 +447,34 @@ def test_tuning_reads_validation_images_only(monkeypatch):
     monkeypatch.setattr(
         protocols,
         "accuracy",
-        lambda m, split, accuracy=protocols.accuracy, **k: read.append(split.key) or accuracy(m, split, **k),
+        lambda m, split, accuracy=protocols.accuracy, **k: (
+            read.append(split.key) or accuracy(m, split, **k)
+        ),
     )
-    table = tune("coop", toy(), {"lr": [0.01, 0.1], "n_ctx": [1, 2]}, 2, clip=tiny(), progress=False, epochs=1)
-    assert len(table) == 4 and table.accuracy.is_monotonic_decreasing and set(read) == {toy().val.key}
-    base = tune("coop", toy(), {"lr": [0.1]}, 2, clip=tiny(), protocol="base-to-new", progress=False, epochs=1)
+    table = tune(
+        "coop",
+        toy(),
+        {"lr": [0.01, 0.1], "n_ctx": [1, 2]},
+        2,
+        clip=tiny(),
+        progress=False,
+        epochs=1,
+    )
+    assert (
+        len(table) == 4
+        and table.accuracy.is_monotonic_decreasing
+        and set(read) == {toy().val.key}
+    )
+    base = tune(
+        "coop",
+        toy(),
+        {"lr": [0.1]},
+        2,
+        clip=tiny(),
+        protocol="base-to-new",
+        progress=False,
+        epochs=1,
+    )
     assert len(base) == 1
 
 
@@ -324,15 +487,23 @@ def test_tuning_on_test_images_is_refused():
 
 
 def test_parallel_runs_in_processes():
-    done = dict((item, result) for item, result in protocols.parallel(abs, [-1, -2, -3], workers=2))
+    done = dict(
+        (item, result)
+        for item, result in protocols.parallel(abs, [-1, -2, -3], workers=2)
+    )
     assert done == {-1: 1, -2: 2, -3: 3}
 
 
 def test_parallel_runs_on_a_dask_cluster():
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(
+        1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
         address = cluster.scheduler_address
-        assert dict(protocols.parallel(abs, [-1, -2], scheduler=address)) == {-1: 1, -2: 2}
+        assert dict(protocols.parallel(abs, [-1, -2], scheduler=address)) == {
+            -1: 1,
+            -2: 2,
+        }
 
 
 SWEEP = """
@@ -346,8 +517,14 @@ sweep("few-shot", [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})], toy(),
 
 def test_killed_sweep_leaves_whole_files_and_goes_on(tmp_path):
     folder = tmp_path / "killed"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(folder)], env=environment)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), *filter(None, sys.path)]
+        )
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SWEEP, str(folder)], env=environment
+    )
     try:
         limit = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < limit:
@@ -357,30 +534,67 @@ def test_killed_sweep_leaves_whole_files_and_goes_on(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    finished = {path: path.stat().st_mtime_ns for path in folder.glob("few-shot/*.json")}
+    finished = {
+        path: path.stat().st_mtime_ns for path in folder.glob("few-shot/*.json")
+    }
     assert 3 <= len(finished) < 100
     assert all(json.loads(path.read_text())["rows"] for path in finished)
     methods = [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no file is damaged
-        rows = sweep("few-shot", methods, toy(), range(1, 101), [4], clip=tiny(), results=folder, progress=False)
+        rows = sweep(
+            "few-shot",
+            methods,
+            toy(),
+            range(1, 101),
+            [4],
+            clip=tiny(),
+            results=folder,
+            progress=False,
+        )
     assert len(rows) == 100 and rows.seed.tolist() == list(range(1, 101))
-    assert finished == {path: path.stat().st_mtime_ns for path in finished}  # the finished ones were not run again
+    assert finished == {
+        path: path.stat().st_mtime_ns for path in finished
+    }  # the finished ones were not run again
 
 
 def test_describe_says_what_is_about_to_happen():
     facts = prepare(
-        Run("few-shot", "coop", toy(), shots=4, clip=tiny(), overrides={"n_ctx": 2, "epochs": 3})
+        Run(
+            "few-shot",
+            "coop",
+            toy(),
+            shots=4,
+            clip=tiny(),
+            overrides={"n_ctx": 2, "epochs": 3},
+        )
     ).describe()
     assert facts["parameters"] == "64" and "24 images" in facts["shots"]
-    assert facts["training"].startswith("3 epochs, 3 steps of 24, sgd, learning rate 0.024")
-    assert "training" not in prepare(Run("few-shot", "clip", toy(), clip=tiny())).describe()
+    assert facts["training"].startswith(
+        "3 epochs, 3 steps of 24, sgd, learning rate 0.024"
+    )
+    assert (
+        "training"
+        not in prepare(Run("few-shot", "clip", toy(), clip=tiny())).describe()
+    )
 
 
 def test_estimate_measures_a_step_and_keeps_nothing():
-    plan = prepare(Run("few-shot", "coop", toy(), shots=4, clip=tiny(), profile="full", overrides={"n_ctx": 2}))
+    plan = prepare(
+        Run(
+            "few-shot",
+            "coop",
+            toy(),
+            shots=4,
+            clip=tiny(),
+            profile="full",
+            overrides={"n_ctx": 2},
+        )
+    )
     facts = estimate(plan)
-    assert re.fullmatch(r"about \d+ (seconds|minutes) of training, \d+\.\d GiB", facts["estimate"])
+    assert re.fullmatch(
+        r"about \d+ (seconds|minutes) of training, \d+\.\d GiB", facts["estimate"]
+    )
     before, after = (plan.build(plan.training_set()).context.vectors for _ in range(2))
     assert torch.equal(before, after)
     assert estimate(prepare(Run("few-shot", "clip", toy(), clip=tiny()))) == {}

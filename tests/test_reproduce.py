@@ -1,4 +1,6 @@
-"""Chapters through papermill: selection, parameters, execution in place and elsewhere, failures."""
+"""Chapters through papermill: selection, parameters, execution in place and elsewhere,
+failures.
+"""
 
 import json
 import sys
@@ -17,7 +19,10 @@ from promptkit.reproduce import (
     select_chapters,
 )
 
-PARAMETERS = 'profile = "mini"\ndatasets = ["pets"]\nseeds = [1, 2, 3]\nshots: int = 16\noutput = None'
+PARAMETERS = (
+    'profile = "mini"\ndatasets = ["pets"]\nseeds = [1, 2, 3]\nshots: int = 16\noutput'
+    " = None"
+)
 SHOW = (
     "import json, os, sys\n"
     "where = [sys.executable, os.getcwd(), os.environ['PROMPTKIT_RESULTS']]\n"
@@ -29,7 +34,9 @@ def chapter(folder, name, *cells, parameters=PARAMETERS):
     """Write a notebook with a parameters cell; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)])
+    notebook = nbformat.v4.new_notebook(
+        cells=[first, *map(nbformat.v4.new_code_cell, cells)]
+    )
     nbformat.write(notebook, folder / name)
     return folder / name
 
@@ -43,7 +50,12 @@ def printed(path):
 def book(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PROMPTKIT_RESULTS", raising=False)
-    for name in ("01_mini_world.ipynb", "02_clip.ipynb", "03_coop.ipynb", "10_maple.ipynb"):
+    for name in (
+        "01_mini_world.ipynb",
+        "02_clip.ipynb",
+        "03_coop.ipynb",
+        "10_maple.ipynb",
+    ):
         chapter(tmp_path / "notebooks", name, SHOW)
     (tmp_path / "notebooks" / "scratch.ipynb").write_text("{}")
     return tmp_path
@@ -89,7 +101,9 @@ def test_declared_parameters(book, tmp_path):
     with pytest.raises(InputError, match="cannot read the notebook .*scratch"):
         declared_parameters(book / "notebooks" / "scratch.ipynb")
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "04_none.ipynb")
-    with pytest.raises(InputError, match="04_none.ipynb has no cell tagged 'parameters'"):
+    with pytest.raises(
+        InputError, match="04_none.ipynb has no cell tagged 'parameters'"
+    ):
         declared_parameters(tmp_path / "04_none.ipynb")
 
 
@@ -100,10 +114,17 @@ def test_in_place_with_this_interpreter(book):
     profile, datasets, seeds, executable, where, results = printed(path)
     assert (profile, datasets, seeds) == ("mini", ["pets"], [1, 2, 3])
     assert Path(executable).samefile(sys.executable) and where == str(path.parent)
-    assert results == str(book / "results")  # beside the folder of the notebooks, wherever a chapter runs
+    assert results == str(
+        book / "results"
+    )  # beside the folder of the notebooks, wherever a chapter runs
     notebook = nbformat.read(path, 4)
-    assert len(notebook.cells) == 2  # defaults are not injected: the committed notebook keeps its cells
-    assert "papermill" not in notebook.metadata and "papermill" not in notebook.cells[-1].metadata
+    assert (
+        len(notebook.cells) == 2
+    )  # defaults are not injected: the committed notebook keeps its cells
+    assert (
+        "papermill" not in notebook.metadata
+        and "papermill" not in notebook.cells[-1].metadata
+    )
     assert str(book) not in json.dumps(notebook.metadata)
     assert sorted(p.name for p in path.parent.iterdir() if p.name.startswith(".")) == []
 
@@ -128,8 +149,13 @@ def test_a_failing_chapter_is_reported_and_the_others_go_on(book, capsys):
 
 
 def test_chapters_in_parallel(book):
-    reports = reproduce("02,03", "smoke", output=book / "out", workers=2, progress=False)
-    assert [(report.name, report.error) for report in reports] == [("02_clip", ""), ("03_coop", "")]
+    reports = reproduce(
+        "02,03", "smoke", output=book / "out", workers=2, progress=False
+    )
+    assert [(report.name, report.error) for report in reports] == [
+        ("02_clip", ""),
+        ("03_coop", ""),
+    ]
     assert all(printed(report.output)[0] == "smoke" for report in reports)
 
 
@@ -147,25 +173,54 @@ def test_fan_out_executes_every_part_and_then_all(book, monkeypatch):
         return iter(())
 
     monkeypatch.setattr("promptkit.reproduce.parallel", record)
-    reproduce("03", "full", ["a", "b"], [1, 2], fan_out=True, workers=2, shots=4, progress=False)
+    reproduce(
+        "03",
+        "full",
+        ["a", "b"],
+        [1, 2],
+        fan_out=True,
+        workers=2,
+        shots=4,
+        progress=False,
+    )
     parts, last = jobs
     assert [str(path) for path, _ in parts] == [
         f"reproduced/full/parts/03_coop-{d}-seed{s}.ipynb" for d in "ab" for s in (1, 2)
     ]
-    assert parts[0][1] == {"profile": "full", "datasets": ["a"], "seeds": [1], "shots": 4}
-    assert last == [(Path("reproduced/full/03_coop.ipynb"), parts[0][1] | {"datasets": ["a", "b"], "seeds": [1, 2]})]
+    assert parts[0][1] == {
+        "profile": "full",
+        "datasets": ["a"],
+        "seeds": [1],
+        "shots": 4,
+    }
+    assert last == [
+        (
+            Path("reproduced/full/03_coop.ipynb"),
+            parts[0][1] | {"datasets": ["a", "b"], "seeds": [1, 2]},
+        )
+    ]
     with pytest.raises(InputError, match="name the datasets and the seeds"):
         reproduce("03", fan_out=True)
 
 
 def test_a_chapter_gets_what_it_declares(book, monkeypatch):
-    chapter(book / "notebooks", "02_clip.ipynb", SHOW, parameters='profile = "mini"\ndataset = "pets"\nseed = 1')
+    chapter(
+        book / "notebooks",
+        "02_clip.ipynb",
+        SHOW,
+        parameters='profile = "mini"\ndataset = "pets"\nseed = 1',
+    )
     jobs = []
-    monkeypatch.setattr("promptkit.reproduce.parallel", lambda f, items, *a, **k: jobs.extend(items) or iter(()))
+    monkeypatch.setattr(
+        "promptkit.reproduce.parallel",
+        lambda f, items, *a, **k: jobs.extend(items) or iter(()),
+    )
     reproduce("02,03", "mini", "cars", [2], "out", shots=1, progress=False)
     assert jobs[0].parameters == {"dataset": "cars", "seed": 2}
     assert jobs[1].parameters == {"datasets": ["cars"], "seeds": [2], "shots": 1}
-    with pytest.raises(InputError, match="none of the chapters 02_clip takes a parameter 'shots'"):
+    with pytest.raises(
+        InputError, match="none of the chapters 02_clip takes a parameter 'shots'"
+    ):
         reproduce("02", shots=1)
     with pytest.raises(InputError, match="unknown profile 'mimi'.*'mini'"):
         reproduce("02", "mimi")
@@ -175,4 +230,7 @@ def test_widgets_are_kept_as_saved_state(book):
     code = "import ipywidgets\nipywidgets.HTML('hello')"
     path = chapter(book / "notebooks", "03_coop.ipynb", code)
     assert not execute_chapter(Job(path, path, {}, {})).error
-    assert "application/vnd.jupyter.widget-state+json" in nbformat.read(path, 4).metadata.widgets
+    assert (
+        "application/vnd.jupyter.widget-state+json"
+        in nbformat.read(path, 4).metadata.widgets
+    )

@@ -35,7 +35,15 @@ from promptkit.results import (
 )
 
 
-def record(method="coop", dataset="pets", seed=1, protocol="base-to-new", created="2026-01-01", shots=16, **values):
+def record(
+    method="coop",
+    dataset="pets",
+    seed=1,
+    protocol="base-to-new",
+    created="2026-01-01",
+    shots=16,
+    **values,
+):
     """A run's record; values are its numbers by split or by target."""
     config = {
         "method": method,
@@ -45,12 +53,23 @@ def record(method="coop", dataset="pets", seed=1, protocol="base-to-new", create
         "shots": shots,
         "profile": "mini",
     }
-    config |= {"model": "mini", "overrides": values.pop("overrides", {}), "code": values.pop("code", "c0de")}
+    config |= {
+        "model": "mini",
+        "overrides": values.pop("overrides", {}),
+        "code": values.pop("code", "c0de"),
+    }
     rows = []
     for name, value in values.items():
         split = name if name in ("base", "new", "hm", "all") else "all"
         target = dataset if split == name else name
-        rows.append({"target": target, "split": split, "metric": "accuracy", "value": float(value)})
+        rows.append(
+            {
+                "target": target,
+                "split": split,
+                "metric": "accuracy",
+                "value": float(value),
+            }
+        )
     versions = {"promptkit": "0", "torch": "0", "open_clip": "0", "python": "3"}
     return {
         "config": config,
@@ -70,24 +89,34 @@ def table(*records):
     return newest([run_rows({"hash": config_hash(r["config"])} | r) for r in records])
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------
 
 
 def test_a_run_is_one_file_named_after_it(tmp_path):
     path = save_run(base_new(80, 60, method="dept(coop)"), tmp_path)
     assert path == run_path(base_new(80, 60, method="dept(coop)")["config"], tmp_path)
-    assert path.parent.name == "base-to-new" and path.name.startswith("dept_coop_-pets-16shot-seed1-")
-    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+    assert path.parent.name == "base-to-new" and path.name.startswith(
+        "dept_coop_-pets-16shot-seed1-"
+    )
+    assert [p.name for p in path.parent.iterdir()] == [
+        path.name
+    ]  # no temporary file is left
     assert read_run(path)["rows"][0]["value"] == 80
     rows = load_results(tmp_path)
-    assert rows.split.tolist() == ["base", "hm", "new"] and list(rows.columns) == results.COLUMNS
+    assert (
+        rows.split.tolist() == ["base", "hm", "new"]
+        and list(rows.columns) == results.COLUMNS
+    )
 
 
 def test_results_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("PROMPTKIT_RESULTS", raising=False)
     assert str(results.results_dir()) == "results"
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path))
-    assert results.results_dir() == tmp_path and str(results.results_dir("there")) == "there"
+    assert (
+        results.results_dir() == tmp_path
+        and str(results.results_dir("there")) == "there"
+    )
     assert load_results().empty and list(load_results().columns) == results.COLUMNS
 
 
@@ -113,7 +142,9 @@ def test_damaged_file(tmp_path, damage):
     written = base_new(80.0, 60)
     path = save_run(written, tmp_path)
     path.write_text(damage(path.read_text()))
-    with pytest.raises(InputError, match=f"damaged result file .*{path.name}.*delete it and run again"):
+    with pytest.raises(
+        InputError, match=f"damaged result file .*{path.name}.*delete it and run again"
+    ):
         load_results(tmp_path)
     with pytest.warns(UserWarning, match="running it again"):
         assert results.find_run(written["config"], tmp_path) is None
@@ -123,7 +154,11 @@ def test_damaged_file(tmp_path, damage):
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = save_run(base_new(80, 60), tmp_path)
     before = path.read_text()
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("no space left on device")))
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda *a: (_ for _ in ()).throw(OSError("no space left on device")),
+    )
     with pytest.raises(OSError, match="no space"):
         save_run(base_new(10, 10), tmp_path)
     assert path.read_text() == before and len(list(path.parent.iterdir())) == 1
@@ -132,9 +167,13 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_newest_of_the_same_measurement_counts(tmp_path):
     save_run(base_new(80, 60, created="2026-01-02", code="new"), tmp_path)
     save_run(base_new(70, 50, created="2026-01-01", code="old"), tmp_path)
-    save_run(base_new(90, 90, overrides={"n_ctx": 4}), tmp_path)  # another variant, not another version
+    save_run(
+        base_new(90, 90, overrides={"n_ctx": 4}), tmp_path
+    )  # another variant, not another version
     rows = load_results(tmp_path, split="base")
-    assert rows[rows.options == ""].value.tolist() == [80] and rows[rows.options == "n_ctx=4"].value.tolist() == [90]
+    assert rows[rows.options == ""].value.tolist() == [80] and rows[
+        rows.options == "n_ctx=4"
+    ].value.tolist() == [90]
 
 
 def test_filters(tmp_path):
@@ -147,18 +186,27 @@ def test_filters(tmp_path):
 
 
 def test_reading_results_needs_no_torch():
-    code = "import sys, promptkit.results, promptkit.plots, promptkit.cli; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, promptkit.results, promptkit.plots, promptkit.cli;"
+        " sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-# --- means --------------------------------------------------------------------------------------------------
+# --- means ----------------------------------------------------------------------------
 
 
 def test_interval_by_hand():
-    # mean 2, sample sd 1, n = 3, t(0.975; 2) = 4.302653: half-width 4.302653 / sqrt(3) = 2.484138
-    assert interval([1, 2, 3]) == pytest.approx((2, 2 - 2.484138, 2 + 2.484138), abs=1e-6)
-    # mean 5, sd sqrt(8) = 2.828427, n = 2, t(0.95; 1) = 6.313752: half-width 6.313752 * 2 = 12.627503
-    assert interval([3, 7], level=0.9) == pytest.approx((5, 5 - 12.627503, 5 + 12.627503), abs=1e-5)
+    # mean 2, sample sd 1, n = 3, t(0.975; 2) = 4.302653: half-width 4.302653 / sqrt(3)
+    # = 2.484138
+    assert interval([1, 2, 3]) == pytest.approx(
+        (2, 2 - 2.484138, 2 + 2.484138), abs=1e-6
+    )
+    # mean 5, sd sqrt(8) = 2.828427, n = 2, t(0.95; 1) = 6.313752: half-width 6.313752 *
+    # 2 = 12.627503
+    assert interval([3, 7], level=0.9) == pytest.approx(
+        (5, 5 - 12.627503, 5 + 12.627503), abs=1e-5
+    )
     assert interval([4, 4, 4]) == (4, 4, 4)
     values = np.random.default_rng(0).normal(size=20)
     expected = stats.t.interval(0.99, 19, values.mean(), stats.sem(values))
@@ -173,21 +221,38 @@ def test_interval_of_too_few():
 
 
 def test_harmonic_mean_conventions():
-    assert harmonic_mean(69.34, 74.22) == pytest.approx(71.70, abs=0.005)  # CLIP's average row
+    assert harmonic_mean(69.34, 74.22) == pytest.approx(
+        71.70, abs=0.005
+    )  # CLIP's average row
     assert harmonic_mean(0, 0) == 0
     assert harmonic_mean([50, 100], [50, 0]).tolist() == [50, 0]
 
 
 @pytest.mark.parametrize(
     ("method", "hm", "of_tasks"),
-    [("clip", 71.70, 71.59), ("coop", 71.66, 70.83), ("cocoop", 75.83, 75.44), ("kgcoop", 77.00, 76.71)],
+    [
+        ("clip", 71.70, 71.59),
+        ("coop", 71.66, 70.83),
+        ("cocoop", 75.83, 75.44),
+        ("kgcoop", 77.00, 76.71),
+    ],
 )
 def test_average_row_is_the_harmonic_mean_of_the_averages(method, hm, of_tasks):
-    papers = paper_numbers(method=method, protocol="base-to-new", paper=["2203.05557", "2303.13283"])
-    cells = papers[(papers.dataset != "average") & (papers.table != "repository readme (own rerun)")]
+    papers = paper_numbers(
+        method=method, protocol="base-to-new", paper=["2203.05557", "2303.13283"]
+    )
+    cells = papers[
+        (papers.dataset != "average")
+        & (papers.table != "repository readme (own rerun)")
+    ]
     wide = cells.pivot(index="dataset", columns="metric", values="value")
     assert len(wide) == 11
-    runs = table(*(base_new(row.base, row.new, method=method, dataset=name) for name, row in wide.iterrows()))
+    runs = table(
+        *(
+            base_new(row.base, row.new, method=method, dataset=name)
+            for name, row in wide.iterrows()
+        )
+    )
     average = summarise(runs).query("dataset == 'average'").set_index("split")
     assert average["mean"]["hm"] == pytest.approx(hm, abs=0.011)
     assert average["mean"]["hm_of_tasks"] == pytest.approx(of_tasks, abs=0.011)
@@ -195,26 +260,46 @@ def test_average_row_is_the_harmonic_mean_of_the_averages(method, hm, of_tasks):
 
 
 def test_means_over_seeds():
-    runs = table(*(base_new(b, n, seed=s) for s, b, n in ((1, 80, 50), (2, 90, 70), (3, 85, 60))))
+    runs = table(
+        *(base_new(b, n, seed=s) for s, b, n in ((1, 80, 50), (2, 90, 70), (3, 85, 60)))
+    )
     cells = summarise(runs, average=False).set_index("split")
     assert cells["mean"]["base"] == 85 and cells["mean"]["new"] == 60
-    assert cells["mean"]["hm"] == pytest.approx(harmonic_mean(85, 60))  # of the averaged accuracies
-    assert (cells.low["base"], cells.high["base"]) == pytest.approx(interval([80, 90, 85])[1:])
+    assert cells["mean"]["hm"] == pytest.approx(
+        harmonic_mean(85, 60)
+    )  # of the averaged accuracies
+    assert (cells.low["base"], cells.high["base"]) == pytest.approx(
+        interval([80, 90, 85])[1:]
+    )
     assert (cells.seeds == 3).all()
 
 
 def test_average_interval_is_over_seeds():
-    runs = table(*(base_new(b + s, 50, seed=s, dataset=d) for s in (1, 2) for d, b in (("pets", 60), ("cars", 80))))
+    runs = table(
+        *(
+            base_new(b + s, 50, seed=s, dataset=d)
+            for s in (1, 2)
+            for d, b in (("pets", 60), ("cars", 80))
+        )
+    )
     base = summarise(runs).query("dataset == 'average' and split == 'base'").iloc[0]
     assert (base["mean"], base.low, base.high) == pytest.approx(interval([71, 72]))
     assert (base.seeds, base.datasets) == (2, 2)
-    incomplete = pd.concat([runs, table(base_new(99, 99, seed=3))])  # of one dataset only
-    base = summarise(incomplete).query("dataset == 'average' and split == 'base'").iloc[0]
-    assert base.seeds == 2 and (base.low, base.high) == pytest.approx(interval([71, 72])[1:])
+    incomplete = pd.concat(
+        [runs, table(base_new(99, 99, seed=3))]
+    )  # of one dataset only
+    base = (
+        summarise(incomplete).query("dataset == 'average' and split == 'base'").iloc[0]
+    )
+    assert base.seeds == 2 and (base.low, base.high) == pytest.approx(
+        interval([71, 72])[1:]
+    )
 
 
 def test_averages_of_transfer_leave_the_source_out():
-    runs = table(record(protocol="cross-dataset", dataset="mini", mini=90, pets=60, cars=40))
+    runs = table(
+        record(protocol="cross-dataset", dataset="mini", mini=90, pets=60, cars=40)
+    )
     average = summarise(runs).query("target == 'average'").iloc[0]
     assert average["mean"] == 50 and average.dataset == "mini" and average.datasets == 2
 
@@ -225,39 +310,56 @@ def test_variants_and_shots_are_kept_apart():
         record(protocol="few-shot", shots=4, all=30, overrides={"n_ctx": 4}),
     )  # fmt: skip
     cells = summarise(runs, average=False)
-    assert sorted(cells["mean"]) == [10, 20, 30] and set(results.label(cells)) == {"coop", "coop | n_ctx=4"}
+    assert sorted(cells["mean"]) == [10, 20, 30] and set(results.label(cells)) == {
+        "coop",
+        "coop | n_ctx=4",
+    }
 
 
-# --- papers -------------------------------------------------------------------------------------------------
+# --- papers ---------------------------------------------------------------------------
 
 
 METHODS = set(
-    "aape apex argue atprompt awt caspl clip clip_adapter cocoop coop coprompt dept ivlp kapt kgcoop logoprompt maple "
-    "mma pomp prograd promptkd promptsrc protext qnet tcp textrefiner tip_adapter tip_adapter_f tpt upl waffleclip "
-    "weak_detectors".split()
+    "aape apex argue atprompt awt caspl clip clip_adapter cocoop coop coprompt dept"
+    " ivlp kapt kgcoop logoprompt maple mma pomp prograd promptkd promptsrc protext"
+    " qnet tcp textrefiner tip_adapter tip_adapter_f tpt upl waffleclip weak_detectors".split()
 )
 BASELINES = set(  # what the papers compare with; none is a registered method
-    "ape-t cupl dclip deep_language deep_vision dpt lasp linear-probe plot++ proda provp-ref visual_prompting vpt "
-    "vpt+deep_language".split()
+    "ape-t cupl dclip deep_language deep_vision dpt lasp linear-probe plot++ proda"
+    " provp-ref visual_prompting vpt vpt+deep_language".split()
 )
 DATASETS = set(
-    "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101 "
-    "imagenetv2 imagenet_sketch imagenet_a imagenet_r imagenet21k cub places365 "
-    "average average_3 average_4 average_5 average_8 average_10".split()
+    "imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft"
+    " sun397 dtd eurosat ucf101 imagenetv2 imagenet_sketch imagenet_a imagenet_r"
+    " imagenet21k cub places365 average average_3 average_4 average_5 average_8"
+    " average_10".split()
 )
 OTHER_HM = {  # (paper, method, dataset, shots, hm as printed) that are not the harmonic means of their base and new
     # printed so, of three numbers that do not belong together
     ("2309.07439", "maple", "fgvc_aircraft", 16, 38.31),
     ("2309.07439", "dept(promptsrc)", "ucf101", 16, 82.46),
-    ("2311.15569", "apex", "average", 16, 77.87),  # on CoCa: above the harmonic mean, so no mean of harmonic means
+    (
+        "2311.15569",
+        "apex",
+        "average",
+        16,
+        77.87,
+    ),  # on CoCa: above the harmonic mean, so no mean of harmonic means
     ("2311.16494", "lasp", "eurosat", 16, 88.86),
     ("2403.02781", "promptkd", "stanford_cars", 16, 83.13),
     ("2403.02781", "promptkd", "ucf101", 16, 86.10),
     ("2403.02781", "promptkd", "imagenet", 16, 71.57),  # at temperature 4
     ("2412.09442", "atprompt(promptkd)", "food101", 16, 93.22),
-    ("cvpr2024:23826", "mma", "ucf101", 16, 82.20),  # 78.53 on new classes would fit it and the average
+    (
+        "cvpr2024:23826",
+        "mma",
+        "ucf101",
+        16,
+        82.20,
+    ),  # 78.53 on new classes would fit it and the average
     ("2309.01155", "dpt", "average", 16, 44.54),
-    # averages below the harmonic mean of their base and new, as the means of the datasets' harmonic means are
+    # averages below the harmonic mean of their base and new, as the means of the
+    # datasets' harmonic means are
     ("2307.06948", "proda", "average", 16, 76.65),
     ("2309.01155", "vpt", "average", 16, 74.68),
     ("2309.07439", "coop", "average", 4, 73.70),
@@ -265,29 +367,57 @@ OTHER_HM = {  # (paper, method, dataset, shots, hm as printed) that are not the 
     ("2309.07439", "dept(coop)", "average", 4, 74.85),
     ("2309.07439", "dept(coop)", "average", 8, 75.19),
 }
-MEAN_OF_HMS = "2311.15569"  # this paper's averages are the means of the datasets' harmonic means
+MEAN_OF_HMS = (  # this paper's averages are the means of the datasets' harmonic means
+    "2311.15569"
+)
 
 
 def test_paper_numbers_are_consistent():
     papers = paper_numbers(variants=True)
-    assert list(papers.columns) == "paper table method protocol dataset metric shots backbone value variant".split()
-    assert not papers.isna().any().any() and papers.value.between(0, 100).all() and (papers.shots >= 0).all()
-    assert not papers.duplicated([column for column in papers if column != "value"]).any()
+    assert (
+        list(papers.columns)
+        == "paper table method protocol dataset metric shots backbone value variant".split()
+    )
+    assert (
+        not papers.isna().any().any()
+        and papers.value.between(0, 100).all()
+        and (papers.shots >= 0).all()
+    )
+    assert not papers.duplicated(
+        [column for column in papers if column != "value"]
+    ).any()
     assert not papers[["paper", "table", "method", "backbone"]].eq("").any().any()
-    names = {name for method in papers.method for name in method.replace(")", "").split("(")}
+    names = {
+        name for method in papers.method for name in method.replace(")", "").split("(")
+    }
     assert {"clip", "coop", "cocoop", "kgcoop"} <= names <= METHODS | BASELINES
     assert set(papers.dataset) <= DATASETS
     split = papers.protocol == "base-to-new"
-    assert set(papers.protocol) == {"few-shot", "base-to-new", "cross-dataset", "domain-generalization"}
-    assert set(papers.metric[split]) == {"base", "new", "hm"} and set(papers.metric[~split]) == {"accuracy"}
+    assert set(papers.protocol) == {
+        "few-shot",
+        "base-to-new",
+        "cross-dataset",
+        "domain-generalization",
+    }
+    assert set(papers.metric[split]) == {"base", "new", "hm"} and set(
+        papers.metric[~split]
+    ) == {"accuracy"}
 
 
 def test_harmonic_means_of_the_papers():
     papers = paper_numbers(variants=True, protocol="base-to-new")
     keys = ["paper", "table", "method", "dataset", "shots", "backbone", "variant"]
-    wide = papers.pivot(index=keys, columns="metric", values="value").dropna().reset_index()
+    wide = (
+        papers.pivot(index=keys, columns="metric", values="value")
+        .dropna()
+        .reset_index()
+    )
     off = wide[(harmonic_mean(wide.base, wide.new) - wide.hm).abs() > 0.02]
-    means = (off.paper == MEAN_OF_HMS) & (off.dataset == "average") & (off.hm < harmonic_mean(off.base, off.new))
+    means = (
+        (off.paper == MEAN_OF_HMS)
+        & (off.dataset == "average")
+        & (off.hm < harmonic_mean(off.base, off.new))
+    )
     printed = off[~means][["paper", "method", "dataset", "shots", "hm"]]
     assert set(printed.itertuples(index=False, name=None)) == OTHER_HM
 
@@ -298,35 +428,73 @@ def test_paper_numbers_without_variants():
     split = papers[papers.protocol == "base-to-new"]
     assert set(split.backbone) == {"ViT-B/16"}
     averages = split[split.dataset == "average"]
-    assert not averages.duplicated(["paper", "method", "metric", "shots"]).any()  # pivots by them average nothing
+    assert not averages.duplicated(
+        ["paper", "method", "metric", "shots"]
+    ).any()  # pivots by them average nothing
     assert not split[split.method == "clip"].duplicated(["dataset", "metric"]).any()
-    assert paper_numbers(method="clip", metric="hm", dataset="average").value.tolist() == [71.70]
-    coop = paper_numbers(method="coop", protocol="base-to-new", dataset="average", metric="new")
-    assert dict(zip(coop.paper, coop.value, strict=True)) == {"2203.05557": 63.22, "2303.13283": 67.99}
+    assert paper_numbers(
+        method="clip", metric="hm", dataset="average"
+    ).value.tolist() == [71.70]
+    coop = paper_numbers(
+        method="coop", protocol="base-to-new", dataset="average", metric="new"
+    )
+    assert dict(zip(coop.paper, coop.value, strict=True)) == {
+        "2203.05557": 63.22,
+        "2303.13283": 67.99,
+    }
 
 
 def test_paper_numbers_with_variants():
-    rows = paper_numbers(method="tpt", variant="without selection", dataset="imagenet_a")
+    rows = paper_numbers(
+        method="tpt", variant="without selection", dataset="imagenet_a"
+    )
     assert rows.value.tolist() == [23.65] and rows.backbone.tolist() == ["RN50"]
-    both = paper_numbers(variants=True, method="tpt", dataset="imagenet_a", backbone="RN50", protocol="few-shot")
-    assert dict(zip(both.variant, both.value, strict=True)) == {"": 26.67, "without selection": 23.65}
+    both = paper_numbers(
+        variants=True,
+        method="tpt",
+        dataset="imagenet_a",
+        backbone="RN50",
+        protocol="few-shot",
+    )
+    assert dict(zip(both.variant, both.value, strict=True)) == {
+        "": 26.67,
+        "without selection": 23.65,
+    }
     assert paper_numbers(variant="").equals(paper_numbers())
 
 
 def test_compare_with_papers():
-    runs = table(*(base_new(75, 70, dataset=d, seed=s) for d in ("eurosat", "dtd") for s in (1, 2)))
+    runs = table(
+        *(
+            base_new(75, 70, dataset=d, seed=s)
+            for d in ("eurosat", "dtd")
+            for s in (1, 2)
+        )
+    )
     joined = compare(runs, how="inner")
     eurosat = joined.query("dataset == 'eurosat' and split == 'base'").iloc[0]
     assert eurosat.reported == 92.19 and eurosat.difference == pytest.approx(75 - 92.19)
-    assert (eurosat.paper, eurosat.table, eurosat.backbone) == ("2203.05557", "Table 1", "ViT-B/16")
+    assert (eurosat.paper, eurosat.table, eurosat.backbone) == (
+        "2203.05557",
+        "Table 1",
+        "ViT-B/16",
+    )
     averages = joined.query("dataset == 'average' and split == 'new'")
     assert set(averages.reported) == {63.22, 67.99}  # CoCoOp's paper and KgCoOp's rerun
-    assert compare(table(base_new(75, 70))).query("dataset == 'pets'").reported.isna().all()  # no paper has it
+    assert (
+        compare(table(base_new(75, 70)))
+        .query("dataset == 'pets'")
+        .reported.isna()
+        .all()
+    )  # no paper has it
 
 
 def test_compare_leaves_variants_out_unless_they_are_given():
     runs = table(base_new(75, 70, dataset="eurosat"))
-    plain, asked = compare(runs), compare(runs, paper_numbers(variants=True, method="coop"))
+    plain, asked = (
+        compare(runs),
+        compare(runs, paper_numbers(variants=True, method="coop")),
+    )
     assert (plain.variant.dropna() == "").all()
     base = asked.query("dataset == 'eurosat' and split == 'base'")
     assert dict(zip(base.paper, base.reported, strict=True)) == {
@@ -335,7 +503,7 @@ def test_compare_leaves_variants_out_unless_they_are_given():
     assert set(base.variant) == {"", "rerun"}
 
 
-# --- claims -------------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -359,7 +527,10 @@ def test_verdicts(values, options, verdict):
     claim = check_claim("CoOp gains on base classes", values, **options)
     assert claim.verdict == verdict and claim.n == len(values)
     assert claim.estimate == pytest.approx(np.mean(values))
-    assert str(claim).startswith(verdict.upper()) and f"<strong>{verdict}</strong>" in claim._repr_html_()
+    assert (
+        str(claim).startswith(verdict.upper())
+        and f"<strong>{verdict}</strong>" in claim._repr_html_()
+    )
 
 
 def test_a_wider_level_decides_less():
@@ -377,8 +548,14 @@ def test_claims_need_numbers(values):
 def test_claims_table_and_text():
     claims = [check_claim("A < B & <b>", [1, 1.2, 1.1]), check_claim("C", [1.0])]
     shown = claims_table(claims)
-    assert shown.verdict.tolist() == ["holds", "undecided"] and shown.measured[1] == "+1.0, no interval, n = 1"
-    assert shown.measured[0] == "+1.1 [+0.9, +1.3], 95% interval, n = 3" and shown.asked[0] == "more than 0"
+    assert (
+        shown.verdict.tolist() == ["holds", "undecided"]
+        and shown.measured[1] == "+1.0, no interval, n = 1"
+    )
+    assert (
+        shown.measured[0] == "+1.1 [+0.9, +1.3], 95% interval, n = 3"
+        and shown.asked[0] == "more than 0"
+    )
     assert "A &lt; B &amp; &lt;b&gt;" in claims[0]._repr_html_()
     assert claims_table([]).empty
 
@@ -388,22 +565,48 @@ def test_claims_are_kept(tmp_path):
     save_claims("03_coop", claims, tmp_path)
     ((chapter, loaded),) = load_claims(tmp_path).items()
     assert chapter == "03_coop" and [str(c) for c in loaded] == [str(c) for c in claims]
-    assert isinstance(loaded[0], Claim) and load_results(tmp_path).empty  # claims are no runs
+    assert (
+        isinstance(loaded[0], Claim) and load_results(tmp_path).empty
+    )  # claims are no runs
     (tmp_path / "claims" / "03_coop.json").write_text("[{")
     with pytest.raises(InputError, match="03_coop.json"):
         load_claims(tmp_path)
 
 
 def two_methods():
-    runs = [base_new(80 + s + 2 * i, 60, dataset=d, seed=s) for i, d in enumerate(("pets", "cars")) for s in (1, 2, 3)]
-    return table(*runs, *(base_new(70, 65, method="clip", dataset=d, seed=0, shots=0) for d in ("pets", "cars")))
+    runs = [
+        base_new(80 + s + 2 * i, 60, dataset=d, seed=s)
+        for i, d in enumerate(("pets", "cars"))
+        for s in (1, 2, 3)
+    ]
+    return table(
+        *runs,
+        *(
+            base_new(70, 65, method="clip", dataset=d, seed=0, shots=0)
+            for d in ("pets", "cars")
+        ),
+    )
 
 
 def test_paired_differences():
     base = differences(two_methods(), "coop", "clip", "base")
     assert len(base) == 6 and sorted(base) == [11, 12, 13, 13, 14, 15]
-    assert base.index.names == ["protocol", "dataset", "target", "split", "shots", "seed"]
-    assert sorted(differences(two_methods(), "clip", "coop", "base")) == [-15, -14, -13, -13, -12, -11]
+    assert base.index.names == [
+        "protocol",
+        "dataset",
+        "target",
+        "split",
+        "shots",
+        "seed",
+    ]
+    assert sorted(differences(two_methods(), "clip", "coop", "base")) == [
+        -15,
+        -14,
+        -13,
+        -13,
+        -12,
+        -11,
+    ]
     average = differences(two_methods(), "coop", "clip", "base", average=True)
     assert average.tolist() == [12, 13, 14]
     hm = differences(two_methods(), "coop", "clip", "hm", average=True)

@@ -16,15 +16,22 @@ FIXED = "torch open_clip_torch jupyter-book nbmake matplotlib seaborn ipywidgets
 
 
 def requirements():
-    """All direct dependencies, those of the extras included; `all` only names the other extras."""
+    """All direct dependencies, those of the extras included; `all` only names the other
+    extras.
+    """
     extras = PROJECT["optional-dependencies"]
-    lines = PROJECT["dependencies"] + [line for name in extras if name != "all" for line in extras[name]]
+    lines = PROJECT["dependencies"] + [
+        line for name in extras if name != "all" for line in extras[name]
+    ]
     return [Requirement(line) for line in lines]
 
 
 def pins(lines):
     """{canonical name: version} of the lines that pin a package"""
-    found = [re.match(r"\s*(?:- )?([\w.-]+)(?:\[[\w,]+\])?==([\w.+!]+)", line) for line in lines]
+    found = [
+        re.match(r"\s*(?:- )?([\w.-]+)(?:\[[\w,]+\])?==([\w.+!]+)", line)
+        for line in lines
+    ]
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
 
@@ -32,24 +39,37 @@ LOCK = pins((ROOT / "requirements.lock").read_text().splitlines())
 CONDA = pins((ROOT / "environment.yml").read_text().splitlines())
 
 
-@pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize(
+    "requirement", requirements(), ids=lambda requirement: requirement.name
+)
 def test_dependency_is_locked(requirement):
     name = canonicalize_name(requirement.name)
-    assert requirement.specifier.contains(LOCK[name]), f"{name}=={LOCK[name]} is not {requirement.specifier}"
-    assert CONDA[name] == LOCK[name], f"environment.yml and requirements.lock disagree about {name}"
+    assert requirement.specifier.contains(LOCK[name]), (
+        f"{name}=={LOCK[name]} is not {requirement.specifier}"
+    )
+    assert CONDA[name] == LOCK[name], (
+        f"environment.yml and requirements.lock disagree about {name}"
+    )
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_package_is_everywhere(name):
     name = canonicalize_name(name)
-    assert name in {canonicalize_name(requirement.name) for requirement in requirements()}
+    assert name in {
+        canonicalize_name(requirement.name) for requirement in requirements()
+    }
     assert name in LOCK and name in CONDA
 
 
 def test_lock_holds_versions_only():
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+( ; sys_platform == \"linux\")?", line) for line in lines)
-    assert "+" not in LOCK["torch"], "torch is pinned to a public version, not to a local build"
+    assert all(
+        re.fullmatch(r"#.*|[\w.-]+==[\w.]+( ; sys_platform == \"linux\")?", line)
+        for line in lines
+    )
+    assert "+" not in LOCK["torch"], (
+        "torch is pinned to a public version, not to a local build"
+    )
 
 
 def test_all_names_every_extra():
@@ -74,23 +94,36 @@ def test_versions_agree():
 def test_readme_example_runs(tmp_path, monkeypatch):
     """The first block of Python in README.md, as it stands there."""
     monkeypatch.chdir(tmp_path)
-    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    source = re.search(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )[1]
     exec(compile(source, "README.md", "exec"), {})
     assert (tmp_path / "pets.safetensors").exists()
 
 
 def test_no_file_speaks_of_a_path_of_one_machine():
-    """A home folder or an absolute path in a committed file works for its author alone."""
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    """A home folder or an absolute path in a committed file works for its author
+    alone.
+    """
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    )
     if names.returncode:
         pytest.skip("not a git checkout")
-    pattern = re.compile(r"(?<![\w.:/+])/(?:(?:home|Users|root|work)/\w|tmp/ipykernel_)")
+    pattern = re.compile(
+        r"(?<![\w.:/+])/(?:(?:home|Users|root|work)/\w|tmp/ipykernel_)"
+    )
     this = Path(__file__).relative_to(ROOT).as_posix()
     vendored = "book/_static/"
     guilty = []
     for name in names.stdout.splitlines():
         path = ROOT / name
-        if name == this or name.startswith(vendored) or not path.is_file() or path.stat().st_size > 8_000_000:
+        if (
+            name == this
+            or name.startswith(vendored)
+            or not path.is_file()
+            or path.stat().st_size > 8_000_000
+        ):
             continue
         text = path.read_bytes().decode("utf-8", errors="ignore")
         guilty += [f"{name}: {match[0]}" for match in pattern.finditer(text)]

@@ -1,4 +1,6 @@
-"""The towers compute what open_clip's plain full-length pass computes, with less work."""
+"""The towers compute what open_clip's plain full-length pass computes, with less
+work.
+"""
 
 import os
 import subprocess
@@ -14,12 +16,20 @@ from torch.testing import assert_close
 from promptkit.prompts import Context, assemble
 from promptkit.towers import Edit, Edits, Prompt, Replace, plain_text
 
-NAMES = ["dog", "golden retriever", "St.", "a class whose name takes quite a few more tokens", "x"]
+NAMES = [
+    "dog",
+    "golden retriever",
+    "St.",
+    "a class whose name takes quite a few more tokens",
+    "x",
+]
 EXACT = dict(rtol=1e-5, atol=2e-5)
 
 
 def plain(clip, prompt, edit=None):
-    """(G, C, E) through all 77 positions; `edit(layer, x)` sees (N, 77, D) at the input of each block."""
+    """(G, C, E) through all 77 positions; `edit(layer, x)` sees (N, 77, D) at the input
+    of each block.
+    """
     model, (G, P, _) = clip.model, prompt.prefix.shape
     x = prompt.full().flatten(0, 1)  # (GC, P+T, D)
     eot = prompt.eot.repeat(G) + P
@@ -44,12 +54,16 @@ def check(ours, oracle, *learned):
 
 
 def random(*shape, seed=0, scale=0.3):
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+    return (
+        scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    ).requires_grad_()
 
 
 @pytest.fixture(params=["packed", "bucketed", "recomputed"])
 def mode(request, tiny_clip, monkeypatch):
-    """The three ways in which classes run: all in one pass, by length, and in chunks with recomputation."""
+    """The three ways in which classes run: all in one pass, by length, and in chunks
+    with recomputation.
+    """
     tower = tiny_clip.text_tower
     if request.param == "bucketed":
         make = tower._make_plan
@@ -65,15 +79,21 @@ def mode(request, tiny_clip, monkeypatch):
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 @pytest.mark.parametrize("class_specific", [False, True])
 def test_context_is_exact(tiny_clip, mode, position, class_specific):
-    context = Context(tiny_clip, NAMES, 5, position=position, class_specific=class_specific, std=0.3)
+    context = Context(
+        tiny_clip, NAMES, 5, position=position, class_specific=class_specific, std=0.3
+    )
     prompt = context.prompt()
-    plan = tiny_clip.text_tower._plan(prompt.eot, 1, prompt.prefix.shape[1], 0, True, True)
+    plan = tiny_clip.text_tower._plan(
+        prompt.eot, 1, prompt.prefix.shape[1], 0, True, True
+    )
     assert (plan.packing is not None) == (mode == "packed")
     assert plan.recompute == (mode == "recomputed")
     check(tiny_clip.text(prompt), plain(tiny_clip, context.prompt()), context.vectors)
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 3, 32), (4, 5, 3, 32)], ids=["by image", "by image and class"])
+@pytest.mark.parametrize(
+    "shape", [(4, 1, 3, 32), (4, 5, 3, 32)], ids=["by image", "by image and class"]
+)
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_groups_are_exact(tiny_clip, mode, position, shape):
     context = Context(tiny_clip, NAMES, 3, position=position)
@@ -86,19 +106,30 @@ def test_groups_are_exact(tiny_clip, mode, position, shape):
 @pytest.mark.parametrize("kind", ["(n, D)", "(G, 1, n, D)"])
 @pytest.mark.parametrize("position", ["end", "middle"])
 def test_deep_text_prompts_are_exact(tiny_clip, mode, kind, position):
-    """Blocks 1 and 2 replace positions 1..4, which straddle the name when it is in the middle."""
+    """Blocks 1 and 2 replace positions 1..4, which straddle the name when it is in the
+    middle.
+    """
     G = 3 if kind.startswith("(G") else 1
-    vectors, deep = random(G, 1, 4, 32), [random(*((G, 1) if G > 1 else ()), 4, 32, seed=i) for i in (1, 2)]
+    vectors, deep = (
+        random(G, 1, 4, 32),
+        [random(*((G, 1) if G > 1 else ()), 4, 32, seed=i) for i in (1, 2)],
+    )
     context = Context(tiny_clip, NAMES, 4, position=position)
     edit = Replace({1: (1, deep[0]), 2: (1, deep[1])})
 
     def replace(layer, x):
         if layer == 0:
             return x
-        tokens = deep[layer - 1].reshape(-1, 1, 4, 32).expand(G, len(NAMES), -1, -1).flatten(0, 1)
+        tokens = (
+            deep[layer - 1]
+            .reshape(-1, 1, 4, 32)
+            .expand(G, len(NAMES), -1, -1)
+            .flatten(0, 1)
+        )
         return torch.cat([x[:, :1], tokens, x[:, 5:]], dim=1)
 
-    # What the first block makes of the vectors is read by later positions, so their gradient is not zero.
+    # What the first block makes of the vectors is read by later positions, so their
+    # gradient is not zero.
     check(
         tiny_clip.text(context.prompt(vectors), edit),
         plain(tiny_clip, context.prompt(vectors), replace),
@@ -107,9 +138,13 @@ def test_deep_text_prompts_are_exact(tiny_clip, mode, kind, position):
     )
 
 
-@pytest.mark.parametrize("shape", [(5, 2, 32), (3, 5, 2, 32)], ids=["by class", "by group and class"])
+@pytest.mark.parametrize(
+    "shape", [(5, 2, 32), (3, 5, 2, 32)], ids=["by class", "by group and class"]
+)
 def test_deep_prompts_of_each_class_are_exact(tiny_clip, mode, shape):
-    """Class-aware prompts: the shared prefix ends, at block 1, where the classes' own tokens begin."""
+    """Class-aware prompts: the shared prefix ends, at block 1, where the classes' own
+    tokens begin.
+    """
     G = shape[0] if len(shape) == 4 else 1
     vectors, deep = random(G, 1, 4, 32), random(*shape, seed=1)
     context = Context(tiny_clip, NAMES, 4)
@@ -125,7 +160,9 @@ def test_deep_prompts_of_each_class_are_exact(tiny_clip, mode, shape):
 
 
 class Adapter(Edit):
-    """Adds a low-rank function of the block's input to its output, and scales the branches."""
+    """Adds a low-rank function of the block's input to its output, and scales the
+    branches.
+    """
 
     def __init__(self, down, up, scale):
         self.down, self.up, self.scale = down, up, scale
@@ -153,8 +190,17 @@ def test_text_adapters_are_exact(tiny_clip, mode):
     x = prompt.full()[0]
     x = F.pad(x, (0, 0, 0, 77 - x.shape[1])) + model.positional_embedding
     x = adapted(model.transformer.resblocks, x, adapter, model.attn_mask)
-    oracle = model.ln_final(x)[torch.arange(5), prompt.eot + prompt.prefix.shape[1]] @ model.text_projection
-    check(tiny_clip.text(prompt, adapter)[0], oracle, adapter.down, adapter.up, adapter.scale)
+    oracle = (
+        model.ln_final(x)[torch.arange(5), prompt.eot + prompt.prefix.shape[1]]
+        @ model.text_projection
+    )
+    check(
+        tiny_clip.text(prompt, adapter)[0],
+        oracle,
+        adapter.down,
+        adapter.up,
+        adapter.scale,
+    )
 
 
 def test_edits_apply_in_order(tiny_clip):
@@ -169,13 +215,21 @@ def test_edits_apply_in_order(tiny_clip):
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_text_tokens(tiny_clip, mode, groups):
-    """All positions up to EOT, through the final layer norm and projection, and zeros after."""
+    """All positions up to EOT, through the final layer norm and projection, and zeros
+    after.
+    """
     prompt = Context(tiny_clip, NAMES, 3).prompt(random(groups, 1, 3, 32))
     features, tokens = tiny_clip.text(prompt, tokens=True)
     assert_close(features, tiny_clip.text(prompt), **EXACT)
     model, P = tiny_clip.model, prompt.prefix.shape[1]
-    x = F.pad(prompt.full().flatten(0, 1), (0, 0, 0, 77 - P - prompt.suffix.shape[1])) + model.positional_embedding
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask)) @ model.text_projection
+    x = (
+        F.pad(prompt.full().flatten(0, 1), (0, 0, 0, 77 - P - prompt.suffix.shape[1]))
+        + model.positional_embedding
+    )
+    x = (
+        model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+        @ model.text_projection
+    )
     x = x.view(groups, 5, 77, -1)
     assert tokens.shape == (groups, 5, P + prompt.suffix.shape[1], 24)
     for c, eot in enumerate((prompt.eot + P).tolist()):
@@ -198,14 +252,22 @@ def test_no_graph_where_nothing_learns(tiny_clip):
 
 
 def test_shared_prefix_is_computed_once(tiny_clip, monkeypatch):
-    """The rows that reach the MLPs are those of the prefix once and of the names, not 77 a class."""
+    """The rows that reach the MLPs are those of the prefix once and of the names, not
+    77 a class.
+    """
     import promptkit.towers as towers
 
     rows = []
-    monkeypatch.setattr(towers, "mlp", lambda x, *args: rows.append(x[..., 0].numel()) or 0 * x)
+    monkeypatch.setattr(
+        towers, "mlp", lambda x, *args: rows.append(x[..., 0].numel()) or 0 * x
+    )
     prompt = Context(tiny_clip, ["dog", "cat", "owl"], 16).prompt()
     tiny_clip.text(prompt)
-    assert rows == [17 + 3 * 3, 17 + 3 * 3, 3]  # name, ".", EOT; in the last block EOT alone
+    assert rows == [
+        17 + 3 * 3,
+        17 + 3 * 3,
+        3,
+    ]  # name, ".", EOT; in the last block EOT alone
 
 
 def test_exact_gelu_and_layer_scale(make_clip):
@@ -221,7 +283,9 @@ def test_exact_gelu_and_layer_scale(make_clip):
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16", 0.03), ("fp16", 0.004)])
 def test_half_precision(make_clip, precision, tolerance):
-    """Within a few units of the last place of the cosine, and gradients keep their direction."""
+    """Within a few units of the last place of the cosine, and gradients keep their
+    direction.
+    """
     half, full = make_clip(precision=precision), make_clip()
     images = torch.randn(3, 3, 32, 32)
     weights = torch.randn(1, 5, 24)
@@ -230,10 +294,17 @@ def test_half_precision(make_clip, precision, tolerance):
         vectors = random(4, 32)
         text = clip.text(Context(clip, NAMES, 4).prompt(vectors))
         grads.append(torch.autograd.grad(text, vectors, weights)[0])
-        assert text.dtype == grads[-1].dtype == clip.image(images).dtype == torch.float32
-    text = [clip.text(Context(clip, NAMES, 4).prompt(random(4, 32))) for clip in (half, full)]
+        assert (
+            text.dtype == grads[-1].dtype == clip.image(images).dtype == torch.float32
+        )
+    text = [
+        clip.text(Context(clip, NAMES, 4).prompt(random(4, 32)))
+        for clip in (half, full)
+    ]
     assert (1 - F.cosine_similarity(*text, dim=-1)).max() < tolerance
-    assert (1 - F.cosine_similarity(half.image(images), full.image(images), dim=-1)).max() < tolerance
+    assert (
+        1 - F.cosine_similarity(half.image(images), full.image(images), dim=-1)
+    ).max() < tolerance
     assert F.cosine_similarity(*[g.flatten() for g in grads], dim=0) > 1 - 5 * tolerance
 
 
@@ -244,7 +315,10 @@ def plain_images(clip, images, prompt=None, edit=None):
     """All tokens of the last block, (B, 1+N+n, Dv)."""
     v = clip.model.visual
     x = v.conv1(images).flatten(2).transpose(1, 2)
-    x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], dim=1) + v.positional_embedding
+    x = (
+        torch.cat([v.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        + v.positional_embedding
+    )
     if prompt is not None:
         x = torch.cat([x, prompt.expand(len(x), -1, -1)], dim=1)
     x = v.ln_pre(x)
@@ -266,26 +340,50 @@ def test_image_prompts_are_exact(tiny_clip, image_mode, by_image):
         random(*((7,) if by_image else ()), 3, 32),
         random(*((7,) if by_image else ()), 3, 32, seed=1),
     )
-    features, tokens = tiny_clip.image(images, prompt, Replace({1: (17, deep)}), tokens=True)
+    features, tokens = tiny_clip.image(
+        images, prompt, Replace({1: (17, deep)}), tokens=True
+    )
     assert features.shape == (7, 24) and tokens.shape == (7, 16, 24)
 
     def replace(layer, x):
-        return torch.cat([x[:, :17], deep.expand(7, -1, -1)], dim=1) if layer == 1 else x
+        return (
+            torch.cat([x[:, :17], deep.expand(7, -1, -1)], dim=1) if layer == 1 else x
+        )
 
     v = tiny_clip.model.visual
     oracle = v.ln_post(plain_images(tiny_clip, images, prompt, replace)) @ v.proj
     check(torch.cat([features[:, None], tokens], dim=1), oracle[:, :17], prompt, deep)
     alone = tiny_clip.image(images, prompt, Replace({1: (17, deep)}))
-    check(alone, v.ln_post(plain_images(tiny_clip, images, prompt, replace)[:, 0]) @ v.proj, prompt, deep)
+    check(
+        alone,
+        v.ln_post(plain_images(tiny_clip, images, prompt, replace)[:, 0]) @ v.proj,
+        prompt,
+        deep,
+    )
 
 
 def test_image_adapters_are_exact(tiny_clip, image_mode):
     images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    adapter, v = Adapter(random(32, 4), random(4, 32, seed=1), random(32, seed=2)), tiny_clip.model.visual
-    x = torch.cat([v.class_embedding.expand(7, 1, -1), v.conv1(images).flatten(2).transpose(1, 2)], dim=1)
+    adapter, v = (
+        Adapter(random(32, 4), random(4, 32, seed=1), random(32, seed=2)),
+        tiny_clip.model.visual,
+    )
+    x = torch.cat(
+        [
+            v.class_embedding.expand(7, 1, -1),
+            v.conv1(images).flatten(2).transpose(1, 2),
+        ],
+        dim=1,
+    )
     x = adapted(v.transformer.resblocks, v.ln_pre(x + v.positional_embedding), adapter)
     oracle = v.ln_post(x[:, 0]) @ v.proj
-    check(tiny_clip.image(images, edit=adapter), oracle, adapter.down, adapter.up, adapter.scale)
+    check(
+        tiny_clip.image(images, edit=adapter),
+        oracle,
+        adapter.down,
+        adapter.up,
+        adapter.scale,
+    )
 
 
 def test_class_attention(tiny_clip):
@@ -308,7 +406,9 @@ def test_encode_image_in_chunks(tiny_clip, monkeypatch):
 
 
 def test_many_classes_stay_within_the_budget():
-    """Forward and backward of 1,500 classes, whose activations are eight times the budget."""
+    """Forward and backward of 1,500 classes, whose activations are eight times the
+    budget.
+    """
     code = """
         import resource, open_clip, torch
         from promptkit.clip import FrozenCLIP
@@ -323,9 +423,14 @@ def test_many_classes_stay_within_the_budget():
         assert prefix.grad.abs().max() > 0
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    out = subprocess.run(
+        command, env=env, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     kept = 1500 * 5.5 * 12 * 10 * 128 * 4  # bytes, if every activation were kept
     grown = int(out.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
     assert grown < 0.3 * kept

@@ -1,4 +1,6 @@
-"""The training loop: schedule, profiles, determinism, resuming, errors, and the hooks of odd methods."""
+"""The training loop: schedule, profiles, determinism, resuming, errors, and the hooks
+of odd methods.
+"""
 
 import math
 from dataclasses import replace
@@ -10,7 +12,15 @@ from torch import nn
 
 from promptkit.data import Dataset, Split, transform
 from promptkit.errors import InputError
-from promptkit.method import _REGISTRY, Batch, Method, Plugin, build, load_method, register
+from promptkit.method import (
+    _REGISTRY,
+    Batch,
+    Method,
+    Plugin,
+    build,
+    load_method,
+    register,
+)
 from promptkit.train import (
     DivergedError,
     History,
@@ -30,16 +40,38 @@ NAMES = ["red square", "green_circle", "blue star", "an old, grey teapot", "pug"
 def toy_dataset(clip, classnames=NAMES, shots=4, seed=0):
     """Few images of made-up classes, at CLIP's image size."""
     generator = torch.Generator().manual_seed(seed)
-    size, labels = clip.image_size, torch.arange(len(classnames)).repeat_interleave(shots)
-    colours = torch.randint(0, 256, (len(classnames), 3, 4, 4), generator=generator).float()
+    size, labels = (
+        clip.image_size,
+        torch.arange(len(classnames)).repeat_interleave(shots),
+    )
+    colours = torch.randint(
+        0, 256, (len(classnames), 3, 4, 4), generator=generator
+    ).float()
 
     def split(part):
         noise = 40 * torch.randn(len(labels), 3, size, size, generator=generator)
-        pixels = (F.interpolate(colours, (size, size))[labels] + noise).clamp(0, 255).to(torch.uint8)
-        return Split(labels, lambda: pixels, torch.arange(len(labels)), f"toy-{part}-{seed}-{shots}-{len(classnames)}")
+        pixels = (
+            (F.interpolate(colours, (size, size))[labels] + noise)
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
+        return Split(
+            labels,
+            lambda: pixels,
+            torch.arange(len(labels)),
+            f"toy-{part}-{seed}-{shots}-{len(classnames)}",
+        )
 
     template = "a photo of a {}, a toy."
-    return Dataset("toy", "Toys", list(classnames), template, split("train"), split("val"), split("test"))
+    return Dataset(
+        "toy",
+        "Toys",
+        list(classnames),
+        template,
+        split("train"),
+        split("val"),
+        split("test"),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +96,7 @@ def train(clip, dataset, recipe=QUICK, seed=1, **kwargs):
     return method, fit(method, dataset, recipe, seed, progress=False, **kwargs)
 
 
-# --- schedule and recipes -----------------------------------------------------------------------------------
+# --- schedule and recipes -------------------------------------------------------------
 
 
 # fmt: off
@@ -85,14 +117,18 @@ TOOLBOX = [  # peak, epochs, {epoch: learning rate}, as the benchmark's own tool
 @pytest.mark.parametrize("peak, epochs, rates", TOOLBOX)
 def test_learning_rates_are_the_toolbox_s(peak, epochs, rates):
     for epoch, rate in rates.items():
-        assert learning_rate(Recipe(lr=peak, epochs=epochs), epoch) == pytest.approx(rate, rel=1e-12)
+        assert learning_rate(Recipe(lr=peak, epochs=epochs), epoch) == pytest.approx(
+            rate, rel=1e-12
+        )
 
 
 def test_other_schedules():
     longer = Recipe(lr=1.0, epochs=10, warmup_epochs=3, warmup_lr=0.1)
     assert [learning_rate(longer, e) for e in range(4)] == [0.1, 0.1, 0.1, 1.0]
     assert learning_rate(longer, 8) == pytest.approx(0.5)
-    assert learning_rate(Recipe(epochs=1), 0) == 1e-5  # a single epoch is all warm-up, as in the toolbox
+    assert (
+        learning_rate(Recipe(epochs=1), 0) == 1e-5
+    )  # a single epoch is all warm-up, as in the toolbox
     assert learning_rate(Recipe(schedule="constant"), 30) == 0.002
     assert learning_rate(Recipe(), 1, lr=0.013) == 0.013
 
@@ -105,7 +141,9 @@ def test_profiles_change_every_recipe_by_one_rule():
     assert for_profile(Recipe(epochs=50), "mini").epochs == 10
     assert for_profile(Recipe(epochs=10), "mini").epochs == 10
     assert for_profile(Recipe(epochs=5), "mini").epochs == 5
-    batches = [for_profile(Recipe(batch_size=n), "mini").batch_size for n in (1, 16, 128)]
+    batches = [
+        for_profile(Recipe(batch_size=n), "mini").batch_size for n in (1, 16, 128)
+    ]
     assert batches == [8, 16, 32]
     assert for_profile(paper, "smoke").epochs == 2
     assert for_profile(Recipe(optimizer="adamw"), "mini").lr == 0.002
@@ -119,17 +157,34 @@ def test_profiles_change_every_recipe_by_one_rule():
         (dict(shots=8), {"n_ctx": 16}, 200),
         (dict(shots=16, dataset="imagenet"), {"n_ctx": 16}, 50),
         (dict(protocol="base-to-new"), {"n_ctx": 4, "init": "a photo of a"}, 200),
-        (dict(protocol="base-to-new", dataset="imagenet"), {"n_ctx": 4, "init": "a photo of a"}, 50),
-        (dict(protocol="cross-dataset", dataset="imagenet"), {"n_ctx": 4, "init": "a photo of a"}, 50),
+        (
+            dict(protocol="base-to-new", dataset="imagenet"),
+            {"n_ctx": 4, "init": "a photo of a"},
+            50,
+        ),
+        (
+            dict(protocol="cross-dataset", dataset="imagenet"),
+            {"n_ctx": 4, "init": "a photo of a"},
+            50,
+        ),
     ],
 )
 def test_coop_follows_the_paper(setting, hparams, epochs):
     ours = recipe("coop", Setting(**{"dataset": "pets", "profile": "full", **setting}))
-    assert (ours.hparams, ours.epochs, ours.batch_size, ours.lr) == (hparams, epochs, 32, 0.002)
+    assert (ours.hparams, ours.epochs, ours.batch_size, ours.lr) == (
+        hparams,
+        epochs,
+        32,
+        0.002,
+    )
 
 
 def test_recipes_and_settings_refuse_bad_values():
-    for bad, named in (({"optimizer": "sgdd"}, "sgd"), ({"epochs": -1}, "epochs"), ({"lr": math.nan}, "lr")):
+    for bad, named in (
+        ({"optimizer": "sgdd"}, "sgd"),
+        ({"epochs": -1}, "epochs"),
+        ({"lr": math.nan}, "lr"),
+    ):
         with pytest.raises(InputError, match=named):
             Recipe(**bad)
     with pytest.raises(InputError, match="few-shot"):
@@ -147,11 +202,13 @@ def test_incomplete_batches_are_dropped_unless_alone():
     assert [len(b) for b in shuffled(8, 4, generator)] == [4, 4]
 
 
-# --- fit ----------------------------------------------------------------------------------------------------
+# --- fit ------------------------------------------------------------------------------
 
 
 def test_fit_learns_and_reports(tiny_clip, dataset):
-    method, history = train(tiny_clip, dataset, Recipe(epochs=30, batch_size=20, lr=0.05, augment=False))
+    method, history = train(
+        tiny_clip, dataset, Recipe(epochs=30, batch_size=20, lr=0.05, augment=False)
+    )
     assert history.steps == 30 and history.losses[-1] < history.losses[0]
     assert history.lrs[:2] == [1e-5, 0.05] and history.seconds > 0
     assert not method.training
@@ -165,17 +222,27 @@ def test_same_seed_same_bits(tiny_clip, dataset):
     assert first.losses == again.losses != other.losses
     assert torch.equal(a.context.vectors, b.context.vectors)
     assert not torch.equal(a.context.vectors, c.context.vectors)
-    assert torch.equal(torch.random.get_rng_state(), before)  # the global generator plays no part
+    assert torch.equal(
+        torch.random.get_rng_state(), before
+    )  # the global generator plays no part
 
 
 def test_augmented_training_repeats_too(tiny_clip, dataset):
     augmented = Recipe(epochs=2, batch_size=8, augment=True)
     runs = [train(tiny_clip, dataset, augmented)[1].losses for _ in range(2)]
-    assert runs[0] == runs[1] != train(tiny_clip, dataset, Recipe(epochs=2, batch_size=8, augment=False))[1].losses
+    assert (
+        runs[0]
+        == runs[1]
+        != train(tiny_clip, dataset, Recipe(epochs=2, batch_size=8, augment=False))[
+            1
+        ].losses
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_killed_run_resumes_to_the_same_bits(tiny_clip, dataset, tmp_path, monkeypatch, optimizer):
+def test_a_killed_run_resumes_to_the_same_bits(
+    tiny_clip, dataset, tmp_path, monkeypatch, optimizer
+):
     ours = Recipe(epochs=4, batch_size=8, lr=0.01, optimizer=optimizer, augment=True)
     whole, history = train(tiny_clip, dataset, ours)
     killed, steps = coop(tiny_clip), []
@@ -190,12 +257,18 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_clip, dataset, tmp_path, mon
     path = tmp_path / "run" / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
         fit(killed, dataset, ours, 1, progress=False, checkpoint=path)
-    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]  # nothing half-written is left behind
+    assert [p.name for p in path.parent.iterdir()] == [
+        "checkpoint.pt"
+    ]  # nothing half-written is left behind
     resumed, after = train(tiny_clip, dataset, ours, checkpoint=path)
     assert after.losses == history.losses and after.lrs == history.lrs
     assert torch.equal(resumed.context.vectors, whole.context.vectors)
-    finished, again = train(tiny_clip, dataset, ours, checkpoint=path)  # a finished run only loads
-    assert again.losses == history.losses and torch.equal(finished.context.vectors, whole.context.vectors)
+    finished, again = train(
+        tiny_clip, dataset, ours, checkpoint=path
+    )  # a finished run only loads
+    assert again.losses == history.losses and torch.equal(
+        finished.context.vectors, whole.context.vectors
+    )
 
 
 def test_bad_checkpoints_are_refused(tiny_clip, dataset, tmp_path):
@@ -210,9 +283,17 @@ def test_bad_checkpoints_are_refused(tiny_clip, dataset, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_clip, dataset):
     with pytest.raises(
-        DivergedError, match=r"coop became (nan|inf) at step \d+ \(epoch \d of 4, learning rate .*lower lr"
+        DivergedError,
+        match=(
+            r"coop became (nan|inf) at step \d+ \(epoch \d of 4, learning rate"
+            r" .*lower lr"
+        ),
     ):
-        train(tiny_clip, dataset, Recipe(epochs=4, batch_size=8, lr=1e30, warmup_epochs=0, augment=False))
+        train(
+            tiny_clip,
+            dataset,
+            Recipe(epochs=4, batch_size=8, lr=1e30, warmup_epochs=0, augment=False),
+        )
     method = coop(tiny_clip)
     method.loss = lambda batch: method.context.vectors.sum() * math.nan
     before = method.context.vectors.clone()
@@ -236,21 +317,29 @@ def test_other_classes_than_the_method_s_are_refused(tiny_clip, dataset):
 def test_zero_shot_fits_at_once_and_takes_the_dataset_s_template(tiny_clip, dataset):
     method = build("clip", tiny_clip, NAMES[:2])
     method.aim(dataset)
-    assert method.hparams["template"] == dataset.template and len(method.classnames) == 5
+    assert (
+        method.hparams["template"] == dataset.template and len(method.classnames) == 5
+    )
     assert fit(method, dataset, recipe("clip", Setting()), progress=False) == History()
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------
 
 
 def test_accuracy_encodes_the_classes_once(tiny_clip, dataset, monkeypatch):
     method, calls = coop(tiny_clip), []
     text = tiny_clip.text
-    monkeypatch.setattr(tiny_clip, "text", lambda *a, **k: calls.append(1) or text(*a, **k))
+    monkeypatch.setattr(
+        tiny_clip, "text", lambda *a, **k: calls.append(1) or text(*a, **k)
+    )
     measured = accuracy(method, dataset.test, batch_size=3)
     assert len(calls) == 1
-    logits = torch.cat([method(Batch(images=x)) for x in normalised(tiny_clip, dataset.test).split(7)])
-    assert measured == pytest.approx(100 * (logits.argmax(-1) == dataset.test.labels).double().mean().item())
+    logits = torch.cat(
+        [method(Batch(images=x)) for x in normalised(tiny_clip, dataset.test).split(7)]
+    )
+    assert measured == pytest.approx(
+        100 * (logits.argmax(-1) == dataset.test.labels).double().mean().item()
+    )
     calls.clear()
     accuracy(method, dataset.test)
     assert not calls  # nothing changed since
@@ -266,7 +355,7 @@ def normalised(clip, split):
     return transform(clip, split.images())
 
 
-# --- methods of every kind fit the loop ---------------------------------------------------------------------
+# --- methods of every kind fit the loop -----------------------------------------------
 
 
 @pytest.fixture
@@ -309,9 +398,19 @@ def test_gradient_surgery(tiny_clip, dataset):
 
     method = Signed(tiny_clip, NAMES)
     before = method.vector.detach().clone()
-    plain = Recipe(epochs=1, batch_size=20, lr=0.5, momentum=0.0, weight_decay=0.0, warmup_epochs=0, augment=False)
+    plain = Recipe(
+        epochs=1,
+        batch_size=20,
+        lr=0.5,
+        momentum=0.0,
+        weight_decay=0.0,
+        warmup_epochs=0,
+        augment=False,
+    )
     fit(method, dataset, plain, progress=False)
-    torch.testing.assert_close((method.vector - before).abs(), torch.full_like(before, 0.5))
+    torch.testing.assert_close(
+        (method.vector - before).abs(), torch.full_like(before, 0.5)
+    )
 
 
 def test_averaging_over_epochs_survives_a_resume(tiny_clip, dataset, tmp_path):
@@ -336,7 +435,13 @@ def test_averaging_over_epochs_survives_a_resume(tiny_clip, dataset, tmp_path):
 
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        fit(Dying(tiny_clip, NAMES), dataset, QUICK, progress=False, checkpoint=tmp_path / "c.pt")
+        fit(
+            Dying(tiny_clip, NAMES),
+            dataset,
+            QUICK,
+            progress=False,
+            checkpoint=tmp_path / "c.pt",
+        )
     assert torch.equal(run(checkpoint=tmp_path / "c.pt"), run())
 
 
@@ -346,7 +451,9 @@ def test_reading_images_and_frozen_features(tiny_clip, dataset):
 
         def loss(self, batch):
             assert batch.images.shape[0] == batch.features.shape[0] == len(batch)
-            torch.testing.assert_close(self.encode(batch), batch.features, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                self.encode(batch), batch.features, rtol=1e-4, atol=1e-4
+            )
             return super().loss(batch)
 
     fit(Both(tiny_clip, NAMES), dataset, QUICK, progress=False, max_steps=2)
@@ -358,7 +465,9 @@ def test_adapting_to_each_image(tiny_clip, dataset):
 
         def views(self, pixels, generator):
             plain = transform(self.clip, pixels)[:, None]
-            return plain + 0.1 * torch.randn(plain.expand(-1, 4, -1, -1, -1).shape, generator=generator)
+            return plain + 0.1 * torch.randn(
+                plain.expand(-1, 4, -1, -1, -1).shape, generator=generator
+            )
 
         def logits(self, batch):
             rows = []
@@ -366,13 +475,17 @@ def test_adapting_to_each_image(tiny_clip, dataset):
                 self.vector.data.zero_()
                 with torch.enable_grad():
                     mean = self(Batch(images=views)).softmax(-1).mean(0)
-                    (grad,) = torch.autograd.grad(-(mean * mean.log()).sum(), self.vector)
+                    (grad,) = torch.autograd.grad(
+                        -(mean * mean.log()).sum(), self.vector
+                    )
                 self.vector.data.sub_(0.1 * grad)
                 rows.append(super().logits(views[:1]))
             return torch.cat(rows)
 
     method = Adapting(tiny_clip, NAMES)
-    assert accuracy(method, dataset.test, seed=3) == accuracy(method, dataset.test, seed=3)
+    assert accuracy(method, dataset.test, seed=3) == accuracy(
+        method, dataset.test, seed=3
+    )
 
 
 def test_training_free_methods_only_prepare(tiny_clip, dataset, tmp_path, registry):
@@ -385,7 +498,9 @@ def test_training_free_methods_only_prepare(tiny_clip, dataset, tmp_path, regist
             self.register_buffer("keys", None)
 
         def prepare(self, dataset, recipe, generator):
-            self.keys = self.image_features(normalised(self.clip, dataset.train))  # (N, E)
+            self.keys = self.image_features(
+                normalised(self.clip, dataset.train)
+            )  # (N, E)
             return dataset
 
     method = Remembering(tiny_clip, NAMES)
@@ -395,7 +510,9 @@ def test_training_free_methods_only_prepare(tiny_clip, dataset, tmp_path, regist
     assert torch.equal(loaded.keys, method.keys)
 
 
-def test_plugins_nest_save_and_scale_their_rates(tiny_clip, dataset, tmp_path, registry):
+def test_plugins_nest_save_and_scale_their_rates(
+    tiny_clip, dataset, tmp_path, registry
+):
     @register
     class Head(Plugin):
         name = "head"
@@ -407,7 +524,9 @@ def test_plugins_nest_save_and_scale_their_rates(tiny_clip, dataset, tmp_path, r
             self.weight = weight
 
         def official_names(self):
-            return super().official_names() | {f"head.{key}": f"linear.{key}" for key in ("weight", "bias")}
+            return super().official_names() | {
+                f"head.{key}": f"linear.{key}" for key in ("weight", "bias")
+            }
 
         def param_groups(self, recipe):
             own = {"params": list(self.linear.parameters()), "lr": 6.5 * recipe.lr}
@@ -416,12 +535,22 @@ def test_plugins_nest_save_and_scale_their_rates(tiny_clip, dataset, tmp_path, r
         def forward(self, batch):
             if self.classnames != self.trained_on:
                 return self.host(batch)
-            return self.host(batch) + self.weight * self.linear(self.encode(batch).float())
+            return self.host(batch) + self.weight * self.linear(
+                self.encode(batch).float()
+            )
 
     register(Shift)
-    method = build("head(head(shift))", tiny_clip, NAMES, weight=0.1, host={"weight": 0.2, "host": {"scale": 2.0}})
+    method = build(
+        "head(head(shift))",
+        tiny_clip,
+        NAMES,
+        weight=0.1,
+        host={"weight": 0.2, "host": {"scale": 2.0}},
+    )
     assert method.spec == "head(head(shift))" and method.host.host.scale == 2.0
-    assert recipe("head(shift)", Setting(profile="full")) == Recipe(hparams={"host": {}}, epochs=7)
+    assert recipe("head(shift)", Setting(profile="full")) == Recipe(
+        hparams={"host": {}}, epochs=7
+    )
     rates = []
     method.end_epoch = lambda epoch, recipe: rates.append(epoch)
     fit(method, dataset, QUICK, progress=False)
@@ -435,15 +564,30 @@ def test_plugins_nest_save_and_scale_their_rates(tiny_clip, dataset, tmp_path, r
     assert torch.equal(loaded.logits(batch), re_aimed)
     loaded.set_classes(NAMES)
     assert torch.equal(loaded.logits(batch), trained)
-    official = Head.from_official(tiny_clip, NAMES, {"WEIGHT": 0.3, "SCALE": 3.0}, host="shift")
-    assert official.hparams == {"weight": 0.3, "host": {"scale": 3.0}} and official.weight == 0.3
+    official = Head.from_official(
+        tiny_clip, NAMES, {"WEIGHT": 0.3, "SCALE": 3.0}, host="shift"
+    )
+    assert (
+        official.hparams == {"weight": 0.3, "host": {"scale": 3.0}}
+        and official.weight == 0.3
+    )
     state = {"vector": torch.ones(tiny_clip.embed_dim), "token_suffix": torch.ones(1)}
-    state |= {"head.weight": torch.ones(5, tiny_clip.embed_dim), "head.bias": torch.zeros(5)}
+    state |= {
+        "head.weight": torch.ones(5, tiny_clip.embed_dim),
+        "head.bias": torch.zeros(5),
+    }
     official.load_official(state)
     assert official.host.vector.sum() == tiny_clip.embed_dim
     with pytest.raises(InputError, match="did you mean 'SCALE'"):
         Head.from_official(tiny_clip, NAMES, {"SCALES": 3.0}, host="shift")
-    for bad in ("head", "shift(shift)", "head(shift", "head()", "head(shfit)", "hed(shift)"):
+    for bad in (
+        "head",
+        "shift(shift)",
+        "head(shift",
+        "head()",
+        "head(shfit)",
+        "hed(shift)",
+    ):
         with pytest.raises(InputError):
             build(bad, tiny_clip, NAMES)
     with pytest.raises(InputError, match="weight"):

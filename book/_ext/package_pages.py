@@ -1,7 +1,9 @@
-"""Fills the API pages: every module of the package gets a section, so that a new file needs no edit here.
+"""Fills the API pages: every module of the package gets a section, so that a new file
+needs no edit here.
 
-In a page, the line ``[modules: promptkit]`` stands for a section for `promptkit` and for each public module
-below it, and ``[modules: promptkit -promptkit.methods]`` leaves a subpackage out.
+In a page, the line ``[modules: promptkit]`` stands for a section for `promptkit` and
+for each public module below it, and ``[modules: promptkit -promptkit.methods]`` leaves
+a subpackage out.
 """
 
 import re
@@ -11,8 +13,8 @@ LINE = re.compile(r"^\[modules: ([\w.]+)(?: -([\w.]+))?\]$", re.MULTILINE)
 
 # Each layer imports only from those before it, and a reader meets them in that order.
 LAYERS = (
-    "errors files frozen towers clip mini_clip prompts data pretrain method train probe "
-    "results protocols plots widgets chapter reproduce pages cli"
+    "errors files frozen towers clip mini_clip prompts data pretrain method train probe"
+    " results protocols plots widgets chapter reproduce pages cli"
 ).split()
 
 SECTION = """## `{name}`
@@ -26,13 +28,21 @@ SECTION = """## `{name}`
 def rank(name):
     """Sorts by layer, then by name; modules that no layer names come last."""
     layer = name.split(".")[1] if "." in name else ""
-    return (LAYERS.index(layer) if layer in LAYERS else len(LAYERS) if layer else -1, name)
+    return (
+        LAYERS.index(layer) if layer in LAYERS else len(LAYERS) if layer else -1,
+        name,
+    )
 
 
 def modules(root, package, without=None):
-    """Names of the public modules of a package, from its files: importing them is left to autodoc."""
+    """Names of the public modules of a package, from its files: importing them is left
+    to autodoc.
+    """
     files = (root / package.replace(".", "/")).rglob("*.py")
-    names = [".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in files]
+    names = [
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for path in files
+    ]
     names = [name for name in names if not re.search(r"\._", name)]
     if without:
         names = [name for name in names if not f"{name}.".startswith(f"{without}.")]
@@ -41,7 +51,10 @@ def modules(root, package, without=None):
 
 def fill(app, docname, source):
     def sections(line):
-        return "\n".join(SECTION.format(name=name) for name in modules(Path(app.srcdir), *line.groups()))
+        return "\n".join(
+            SECTION.format(name=name)
+            for name in modules(Path(app.srcdir), *line.groups())
+        )
 
     source[0] = LINE.sub(sections, source[0])
 

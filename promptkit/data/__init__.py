@@ -1,4 +1,6 @@
-"""Datasets: the mini world's tasks, the real benchmark and one's own images; samples and splits of any of them."""
+"""Datasets: the mini world's tasks, the real benchmark and one's own images; samples
+and splits of any of them.
+"""
 
 from promptkit.data.benchmark import DATASETS, data_root
 from promptkit.data.datasets import (
@@ -11,8 +13,8 @@ from promptkit.data.datasets import (
     stamped_labels,
     subset,
 )
-from promptkit.data.features import features, transform
+from promptkit.data.features import frozen_features, transform
 from promptkit.data.tasks import MINI_TASKS, SHIFTS, WORDS
 
-__all__ = ["DATASETS", "MINI_TASKS", "SHIFTS", "WORDS", "Dataset", "Split", "base_new", "data_root", "features",
+__all__ = ["DATASETS", "MINI_TASKS", "SHIFTS", "WORDS", "Dataset", "Split", "base_new", "data_root", "frozen_features",
            "few_shot", "list_datasets", "load_dataset", "stamped_labels", "subset", "transform"]  # fmt: skip

@@ -1,9 +1,11 @@
-"""The eleven datasets of the benchmark and the four shifts of ImageNet, read from disk in the field's own formats.
+"""The eleven datasets of the benchmark and the four shifts of ImageNet, read from disk
+in the field's own formats.
 
-The folders are those that were prepared for CoOp's code (Zhou et al. 2022). A file `split_zhou_NAME.json` fixes which
-images are for training, validation and testing. Where it is missing, the images are divided by the rules of that code
-from the official annotations; such a division is not the published one, and a warning says so. Where that code takes
-the order in which a file system lists a folder, this one sorts.
+The folders are those that were prepared for CoOp's code (Zhou et al. 2022). A file
+`split_zhou_NAME.json` fixes which images are for training, validation and testing.
+Where it is missing, the images are divided by the rules of that code from the official
+annotations; such a division is not the published one, and a warning says so. Where that
+code takes the order in which a file system lists a folder, this one sorts.
 
 Class names are the benchmark's, with their underscores; prompts turn those into spaces.
 """
@@ -24,7 +26,8 @@ from promptkit.errors import InputError
 from promptkit.files import write_atomically
 
 PLAIN = "a photo of a {}."
-# Seven of the eighty templates of Radford et al. 2021; a dataset other than ImageNet adds its own.
+# Seven of the eighty templates of Radford et al. 2021; a dataset other than ImageNet
+# adds its own.
 ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
             "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # fmt: skip
 
@@ -40,7 +43,8 @@ class Listing:
         folder: where paths start.
         classnames: by label; by default those of the items for training.
         source_rows: for a shifted version, which classes of the source its own are.
-        files: the images themselves by split, once :meth:`check` has found the lists sound.
+        files: the images themselves by split, once :meth:`check` has found the lists
+            sound.
     """
 
     folder: Path
@@ -62,10 +66,19 @@ class Listing:
             names = {}
             for path, label, name, *_ in self.train:
                 if names.setdefault(label, name) != name:
-                    raise InputError(f"{where}: label {label} of {path} is both {names[label]!r} and {name!r}")
-            missing = [label for label in range(max(names, default=0) + 1) if label not in names]
+                    raise InputError(
+                        f"{where}: label {label} of {path} is both {names[label]!r} and"
+                        f" {name!r}"
+                    )
+            missing = [
+                label
+                for label in range(max(names, default=0) + 1)
+                if label not in names
+            ]
             if missing:
-                raise InputError(f"{where}: no training image has the label {missing[0]}")
+                raise InputError(
+                    f"{where}: no training image has the label {missing[0]}"
+                )
             self.classnames = [names[label] for label in sorted(names)]
         for part in PARTS:
             for path, label, name, *_ in getattr(self, part):
@@ -75,14 +88,21 @@ class Listing:
                         f"there are {len(self.classnames)} classes for training"
                     )
                 if self.classnames[label] != name:
-                    raise InputError(f"{where}: label {label} of {path} is {name!r}, not {self.classnames[label]!r}")
+                    raise InputError(
+                        f"{where}: label {label} of {path} is {name!r}, not"
+                        f" {self.classnames[label]!r}"
+                    )
         if not self.test:
             raise InputError(f"{where} has no test images")
         for part in PARTS:
             items = getattr(self, part)
             same = part == "test" and self.test is self.val
             sizes = [item[3] if len(item) > 3 else None for item in items]
-            self.files[part] = self.files["val"] if same else Files(self.folder, [item[0] for item in items], sizes)
+            self.files[part] = (
+                self.files["val"]
+                if same
+                else Files(self.folder, [item[0] for item in items], sizes)
+            )
         return self
 
     @property
@@ -98,10 +118,13 @@ class Entry:
     Attributes:
         title: its usual name.
         loader: its name in CoOp's code and in the name of its split file.
-        folder: below the data root. needs: what lies in it, by which a download is known to be of this dataset.
+        folder: below the data root. needs: what lies in it, by which a download is
+            known to be of this dataset.
         counts: classes, then images for training, validation and testing.
-        make: builds the Listing of a folder with a generator, where there is no split file.
-        images: what the paths of a split file are relative to; None if there is no such file.
+        make: builds the Listing of a folder with a generator, where there is no split
+            file.
+        images: what the paths of a split file are relative to; None if there is no such
+            file.
         variants: templates that single methods use instead of `template`.
     """
 
@@ -126,22 +149,27 @@ def data_root(root=None) -> Path:
     return Path(root or os.environ.get("PROMPTKIT_DATA") or "data").expanduser()
 
 
-def read(name: str, root=None, generator: random.Random | None = None, keep: bool = True) -> Listing:
+def read(
+    name: str, root=None, generator: random.Random | None = None, keep: bool = True
+) -> Listing:
     """The lists of a dataset's images.
 
     Args:
         name: a key of TABLE.
-        generator: divides the images where there is no split file; by default one of seed 1.
-        keep: write such a division beside the images, marked as home-made, so that it stays the same.
+        generator: divides the images where there is no split file; by default one of
+            seed 1.
+        keep: write such a division beside the images, marked as home-made, so that it
+            stays the same.
 
     Raises:
-        InputError: files are missing, damaged or do not fit each other; the message names them.
+        InputError: files are missing, damaged or do not fit each other; the message
+            names them.
     """
     entry, folder = TABLE[name], data_root(root) / TABLE[name].folder
     if not folder.is_dir():
         raise InputError(
-            f"{entry.title} is not in {folder}: {remedy(name, root)}, or say by root= (--root) or $PROMPTKIT_DATA "
-            "where the datasets are"
+            f"{entry.title} is not in {folder}: {remedy(name, root)}, or say by root="
+            " (--root) or $PROMPTKIT_DATA where the datasets are"
         )
     if entry.split_file and (folder / entry.split_file).exists():
         listing, made_by = _read_split(folder / entry.split_file, entry.images)
@@ -153,15 +181,17 @@ def read(name: str, root=None, generator: random.Random | None = None, keep: boo
             _write_split(folder / entry.split_file, entry.images, listing, made_by)
     if made_by:
         warnings.warn(
-            f"the division of {entry.title} in {folder} is home-made ({made_by}), not the published "
-            f"{entry.split_file}: accuracies on it cannot be compared with the papers'",
+            f"the division of {entry.title} in {folder} is home-made ({made_by}), not"
+            f" the published {entry.split_file}: accuracies on it cannot be compared"
+            " with the papers'",
             stacklevel=2,
         )
     elif listing.counts != entry.counts:
         numbers = "{} classes and {} + {} + {} images".format
         warnings.warn(
-            f"{entry.title} in {folder} has {numbers(*listing.counts)}, the benchmark's has {numbers(*entry.counts)}: "
-            "accuracies on it cannot be compared with the papers'",
+            f"{entry.title} in {folder} has {numbers(*listing.counts)}, the benchmark's"
+            f" has {numbers(*entry.counts)}: accuracies on it cannot be compared with"
+            " the papers'",
             stacklevel=2,
         )
     return listing
@@ -171,13 +201,17 @@ def remedy(name: str, root=None) -> str:
     """How to get a dataset that is missing."""
     if name == "imagenet":
         return (
-            "get it from image-net.org and put its images into images/train/nXXXXXXXX and images/val/nXXXXXXXX of "
-            "that folder, with classnames.txt beside images"
+            "get it from image-net.org and put its images into images/train/nXXXXXXXX"
+            " and images/val/nXXXXXXXX of that folder, with classnames.txt beside"
+            " images"
         )
-    return f"get it with 'promptkit data download {name}{'' if root is None else f' --root {root}'}'"
+    return (
+        "get it with 'promptkit data download"
+        f" {name}{'' if root is None else f' --root {root}'}'"
+    )
 
 
-# --- split files --------------------------------------------------------------------------------------------
+# --- split files ----------------------------------------------------------------------
 
 
 def _read_split(path, images):
@@ -186,7 +220,9 @@ def _read_split(path, images):
         content = json.loads(path.read_text(encoding="utf-8"))
         parts = {part: content[part] for part in PARTS}
     except KeyError as error:
-        raise InputError(f"the split file {path} has no list {error}: get it again") from None
+        raise InputError(
+            f"the split file {path} has no list {error}: get it again"
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"damaged split file {path} ({error}): get it again") from None
     prefix = "" if images == "." else f"{images}/"
@@ -196,20 +232,31 @@ def _read_split(path, images):
             try:
                 impath, label, classname = row
                 label = int(label)
-                safe = not impath.startswith("/") and ".." not in PurePosixPath(impath).parts
+                safe = (
+                    not impath.startswith("/")
+                    and ".." not in PurePosixPath(impath).parts
+                )
                 fits = isinstance(classname, str) and label >= 0 and safe
             except (TypeError, ValueError, AttributeError):
                 fits = False
             if not fits:
-                raise InputError(f'{path}: item {n} of "{part}" must be [path, label, class name], not {row!r}')
+                raise InputError(
+                    f'{path}: item {n} of "{part}" must be [path, label, class name],'
+                    f" not {row!r}"
+                )
             getattr(listing, part).append((prefix + impath, label, classname))
     return listing, content.get("made_by")
 
 
 def _write_split(path, images, listing, made_by):
-    """As the toolbox writes it, with a mark of its own that the toolbox does not read."""
+    """As the toolbox writes it, with a mark of its own that the toolbox does not
+    read.
+    """
     start = 0 if images == "." else len(images) + 1
-    parts = {part: [[path[start:], y, c] for path, y, c in getattr(listing, part)] for part in PARTS}
+    parts = {
+        part: [[path[start:], y, c] for path, y, c in getattr(listing, part)]
+        for part in PARTS
+    }
     text = json.dumps(parts | {"made_by": made_by}, indent=4)
     try:
         write_atomically(path, lambda file: file.write(text.encode()))
@@ -217,11 +264,14 @@ def _write_split(path, images, listing, made_by):
         pass
 
 
-# --- the rules by which CoOp's code divides images ----------------------------------------------------------
+# --- the rules by which CoOp's code divides images ------------------------------------
 
 
-def cut_three(groups: Iterable[tuple[int, str, list[str]]], generator: random.Random) -> dict[str, list[Item]]:
-    """50/20/30 % of each (label, class name, paths) for training, validation and testing, shuffled.
+def cut_three(
+    groups: Iterable[tuple[int, str, list[str]]], generator: random.Random
+) -> dict[str, list[Item]]:
+    """50/20/30 % of each (label, class name, paths) for training, validation and
+    testing, shuffled.
 
     Raises:
         InputError: a class has too few images for that.
@@ -232,13 +282,22 @@ def cut_three(groups: Iterable[tuple[int, str, list[str]]], generator: random.Ra
         generator.shuffle(paths)
         train, val = round(0.5 * len(paths)), round(0.2 * len(paths))
         if min(train, val, len(paths) - train - val) < 1:
-            raise InputError(f"class {name!r} has {len(paths)} images; to divide them 50/20/30 it takes at least 4")
-        for part, some in zip(parts, (paths[:train], paths[train : train + val], paths[train + val :]), strict=True):
+            raise InputError(
+                f"class {name!r} has {len(paths)} images; to divide them 50/20/30 it"
+                " takes at least 4"
+            )
+        for part, some in zip(
+            parts,
+            (paths[:train], paths[train : train + val], paths[train + val :]),
+            strict=True,
+        ):
             parts[part] += [(path, label, name) for path in some]
     return parts
 
 
-def cut_two(items: list[Item], generator: random.Random, share: float = 0.2) -> tuple[list[Item], list[Item]]:
+def cut_two(
+    items: list[Item], generator: random.Random, share: float = 0.2
+) -> tuple[list[Item], list[Item]]:
     """Items for training, and a share of each class for validation, shuffled.
 
     Raises:
@@ -250,21 +309,30 @@ def cut_two(items: list[Item], generator: random.Random, share: float = 0.2) -> 
     for group in groups.values():
         n = round(share * len(group))
         if n < 1:
-            raise InputError(f"class {group[0][2]!r} has {len(group)} images; to divide them 80/20 it takes at least 3")
+            raise InputError(
+                f"class {group[0][2]!r} has {len(group)} images; to divide them 80/20"
+                " it takes at least 3"
+            )
         generator.shuffle(group)
         val += group[:n]
         train += group[n:]
     return train, val
 
 
-# --- one reader a dataset, for folders without split file ---------------------------------------------------
+# --- one reader a dataset, for folders without split file -----------------------------
 
 
 def _lines(path):
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [
+            line.strip()
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except FileNotFoundError:
-        raise InputError(f"the file {path} is missing: get it, or the dataset's split file, again") from None
+        raise InputError(
+            f"the file {path} is missing: get it, or the dataset's split file, again"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"damaged file {path} ({error}): get it again") from None
 
@@ -272,28 +340,44 @@ def _lines(path):
 def _mat(path, key):
     """An array of a MATLAB file."""
     if not path.exists():
-        raise InputError(f"the file {path} is missing: get it, or the dataset's split file, again")
+        raise InputError(
+            f"the file {path} is missing: get it, or the dataset's split file, again"
+        )
     from scipy.io import loadmat  # slow to import, and needed by two datasets alone
 
     try:
         return loadmat(path)[key]
     except Exception as error:  # scipy raises a dozen kinds for a damaged file
-        raise InputError(f"damaged file {path} ({type(error).__name__}: {error}): get it again") from None
+        raise InputError(
+            f"damaged file {path} ({type(error).__name__}: {error}): get it again"
+        ) from None
 
 
 def _folders(folder, images, names=None):
-    """(label, class name, paths) of class folders in sorted order; `names` renames or, with None, drops one."""
+    """(label, class name, paths) of class folders in sorted order; `names` renames or,
+    with None, drops one.
+    """
     names, where = names or {}, folder / images
     if not where.is_dir():
         raise InputError(f"the folder {where} is missing: get the dataset again")
-    found = {name: paths for name, paths in scan(where).items() if names.get(name, name) is not None}
+    found = {
+        name: paths
+        for name, paths in scan(where).items()
+        if names.get(name, name) is not None
+    }
     for name, paths in found.items():
         if not paths:
-            raise InputError(f"the class folder {where / name} holds no images: get the dataset again, or remove it")
+            raise InputError(
+                f"the class folder {where / name} holds no images: get the dataset"
+                " again, or remove it"
+            )
     if not found:
         raise InputError(f"{where} holds no class folders: get the dataset again")
     rows = enumerate(found.items())
-    return [(y, names.get(name, name), [f"{images}/{p}" for p in paths]) for y, (name, paths) in rows]
+    return [
+        (y, names.get(name, name), [f"{images}/{p}" for p in paths])
+        for y, (name, paths) in rows
+    ]
 
 
 def _by_folder(images, names=None):
@@ -317,8 +401,12 @@ def _pets(folder, generator):
         for line in _lines(path):
             name, label, *rest = [*line.split(), "", ""]
             if len(rest) != 4 or not label.isdigit():
-                raise InputError(f"{path}: a line must be 'image class species breed', not {line!r}")
-            out.append((f"images/{name}.jpg", int(label) - 1, name.rpartition("_")[0].lower()))
+                raise InputError(
+                    f"{path}: a line must be 'image class species breed', not {line!r}"
+                )
+            out.append(
+                (f"images/{name}.jpg", int(label) - 1, name.rpartition("_")[0].lower())
+            )
         return out
 
     train, val = cut_two(items(folder / "annotations" / "trainval.txt"), generator)
@@ -329,7 +417,9 @@ def _cars(folder, generator):
     names = []
     for cell in _mat(folder / "devkit" / "cars_meta.mat", "class_names")[0]:
         *words, year = str(cell[0]).split(" ")
-        names.append(" ".join([year, *words]))  # the year, last word of the official name, comes first
+        names.append(
+            " ".join([year, *words])
+        )  # the year, last word of the official name, comes first
 
     def items(images, path):
         out = []
@@ -337,14 +427,26 @@ def _cars(folder, generator):
             try:
                 label, file = int(row["class"].item()) - 1, str(row["fname"].item())
             except (ValueError, IndexError, KeyError) as error:
-                raise InputError(f"damaged file {path} ({error}): get it again") from None
+                raise InputError(
+                    f"damaged file {path} ({error}): get it again"
+                ) from None
             if not 0 <= label < len(names):
-                raise InputError(f"{path}: class {label + 1} of {file} is out of range, there are {len(names)}")
+                raise InputError(
+                    f"{path}: class {label + 1} of {file} is out of range, there are"
+                    f" {len(names)}"
+                )
             out.append((f"{images}/{file}", label, names[label]))
         return out
 
-    train, val = cut_two(items("cars_train", folder / "devkit" / "cars_train_annos.mat"), generator)
-    return Listing(folder, train, val, items("cars_test", folder / "cars_test_annos_withlabels.mat"))
+    train, val = cut_two(
+        items("cars_train", folder / "devkit" / "cars_train_annos.mat"), generator
+    )
+    return Listing(
+        folder,
+        train,
+        val,
+        items("cars_test", folder / "cars_test_annos_withlabels.mat"),
+    )
 
 
 def _flowers(folder, generator):
@@ -354,9 +456,13 @@ def _flowers(folder, generator):
         names = json.loads("\n".join(_lines(path)))
         for n, label in enumerate(labels):
             name = names[str(label)]
-            groups.setdefault(label, (label - 1, name, []))[2].append(f"jpg/image_{n + 1:05d}.jpg")
+            groups.setdefault(label, (label - 1, name, []))[2].append(
+                f"jpg/image_{n + 1:05d}.jpg"
+            )
     except KeyError as error:
-        raise InputError(f"{path} has no name for class {error} of imagelabels.mat: get both again") from None
+        raise InputError(
+            f"{path} has no name for class {error} of imagelabels.mat: get both again"
+        ) from None
     except (ValueError, TypeError) as error:
         raise InputError(f"damaged file {path} ({error}): get it again") from None
     return Listing(folder, **cut_three(groups.values(), generator))
@@ -371,7 +477,10 @@ def _aircraft(folder, generator):
         for line in _lines(path):
             image, _, name = line.partition(" ")
             if name not in labels:
-                raise InputError(f"{path}: the variant {name!r} of image {image} is not in variants.txt")
+                raise InputError(
+                    f"{path}: the variant {name!r} of image {image} is not in"
+                    " variants.txt"
+                )
             out.append((f"images/{image}.jpg", labels[name], name))
         return out
 
@@ -379,15 +488,21 @@ def _aircraft(folder, generator):
 
 
 def _sun(folder, generator):
-    labels = {line: label for label, line in enumerate(_lines(folder / "ClassName.txt"))}
+    labels = {
+        line: label for label, line in enumerate(_lines(folder / "ClassName.txt"))
+    }
 
     def items(path):
         out = []
         for line in _lines(path):
             name = line.rpartition("/")[0]
             if name not in labels:
-                raise InputError(f"{path}: the class {name!r} of {line} is not in ClassName.txt")
-            out.append((f"SUN397{line}", labels[name], " ".join(reversed(name.split("/")[2:]))))
+                raise InputError(
+                    f"{path}: the class {name!r} of {line} is not in ClassName.txt"
+                )
+            out.append(
+                (f"SUN397{line}", labels[name], " ".join(reversed(name.split("/")[2:])))
+            )
         return out
 
     train, val = cut_two(items(folder / "Training_01.txt"), generator)
@@ -405,33 +520,61 @@ def _ucf(folder, generator):
         for line in _lines(path):
             action, _, file = line.split(" ")[0].partition("/")
             if action not in labels:
-                raise InputError(f"{path}: the action {action!r} of {line} is not in classInd.txt")
+                raise InputError(
+                    f"{path}: the action {action!r} of {line} is not in classInd.txt"
+                )
             name = "_".join(re.findall("[A-Z][^A-Z]*", action))
-            out.append((f"UCF-101-midframes/{name}/{file.replace('.avi', '.jpg')}", labels[action], name))
+            out.append(
+                (
+                    f"UCF-101-midframes/{name}/{file.replace('.avi', '.jpg')}",
+                    labels[action],
+                    name,
+                )
+            )
         return out
 
     train, val = cut_two(items(lists / "trainlist01.txt"), generator)
     return Listing(folder, train, val, items(lists / "testlist01.txt"))
 
 
-# --- ImageNet and its shifts --------------------------------------------------------------------------------
+# --- ImageNet and its shifts ----------------------------------------------------------
 
 
 def _wnids(folder):
-    """{wnid: class name} in sorted order, of a folder's classnames.txt or of the one in imagenet's."""
+    """{wnid: class name} in sorted order, of a folder's classnames.txt or of the one in
+    imagenet's.
+    """
     imagenet = folder.parent / "imagenet"
     for path in (folder / "classnames.txt", imagenet / "classnames.txt"):
         if path.exists():
             pairs = [line.partition(" ")[::2] for line in _lines(path)]
             if not all(name for _, name in pairs):
-                raise InputError(f"{path}: a line must be 'wnid class name'; get the file again")
+                raise InputError(
+                    f"{path}: a line must be 'wnid class name'; get the file again"
+                )
             return dict(sorted(pairs))
-    images = next((path for path in (imagenet / "images/train", imagenet / "images/val") if path.is_dir()), None)
-    wnids = sorted(entry.name for entry in os.scandir(images) if entry.is_dir()) if images else []
+    images = next(
+        (
+            path
+            for path in (imagenet / "images/train", imagenet / "images/val")
+            if path.is_dir()
+        ),
+        None,
+    )
+    wnids = (
+        sorted(entry.name for entry in os.scandir(images) if entry.is_dir())
+        if images
+        else []
+    )
     if len(wnids) != 1000:
-        raise InputError(f"{folder / 'classnames.txt'} is missing: it holds a line 'wnid class name' for each class")
+        raise InputError(
+            f"{folder / 'classnames.txt'} is missing: it holds a line 'wnid class name'"
+            " for each class"
+        )
     warnings.warn(
-        f"there is no {folder / 'classnames.txt'}; taking the class names that come with open_clip", stacklevel=6
+        f"there is no {folder / 'classnames.txt'}; taking the class names that come"
+        " with open_clip",
+        stacklevel=6,
     )
     return dict(zip(wnids, open_clip.IMAGENET_CLASSNAMES, strict=True))
 
@@ -443,10 +586,15 @@ def _wnid_folders(folder, images, names):
         raise InputError(f"the folder {where} is missing")
     found = scan(where, remember=True)
     if not found:
-        raise InputError(f"{where} holds no class folders; sort its images into folders named by wnid (nXXXXXXXX)")
+        raise InputError(
+            f"{where} holds no class folders; sort its images into folders named by"
+            " wnid (nXXXXXXXX)"
+        )
     for wnid, paths in found.items():
         if wnid not in names:
-            raise InputError(f"the folder {where / wnid} is of no class in classnames.txt")
+            raise InputError(
+                f"the folder {where / wnid} is of no class in classnames.txt"
+            )
         if not paths:
             raise InputError(f"the class folder {where / wnid} holds no images")
     return found
@@ -458,13 +606,22 @@ def _sized(images, found, names):
 
 
 def _imagenet(folder, generator):
-    """Labels follow the sorted folders of images/train; what is called validation there is the test set."""
+    """Labels follow the sorted folders of images/train; what is called validation there
+    is the test set.
+    """
     names = _wnids(folder)
     test = _wnid_folders(folder, "images/val", names)
-    train = _wnid_folders(folder, "images/train", names) if (folder / "images" / "train").is_dir() else {}
+    train = (
+        _wnid_folders(folder, "images/train", names)
+        if (folder / "images" / "train").is_dir()
+        else {}
+    )
     differ = sorted(set(train) ^ set(test)) if train else []
     if differ:
-        raise InputError(f"{folder / 'images'}: train and val hold different classes, such as {differ[0]}")
+        raise InputError(
+            f"{folder / 'images'}: train and val hold different classes, such as"
+            f" {differ[0]}"
+        )
     classnames = [names[wnid] for wnid in test]
     train = _sized("images/train", enumerate(train.values()), classnames)
     test = _sized("images/val", enumerate(test.values()), classnames)
@@ -472,12 +629,17 @@ def _imagenet(folder, generator):
 
 
 def _shift(images):
-    """Class folders named by wnid: their own classes, labelled from 0 in sorted order."""
+    """Class folders named by wnid: their own classes, labelled from 0 in sorted
+    order.
+    """
 
     def make(folder, generator):
         names = _wnids(folder)
         found = _wnid_folders(folder, images, names)
-        rows, classnames = [list(names).index(wnid) for wnid in found], [names[wnid] for wnid in found]
+        rows, classnames = (
+            [list(names).index(wnid) for wnid in found],
+            [names[wnid] for wnid in found],
+        )
         test = _sized(images, enumerate(found.values()), classnames)
         return Listing(folder, test=test, classnames=classnames, source_rows=rows)
 
@@ -486,19 +648,32 @@ def _shift(images):
 
 def _imagenetv2(folder, generator):
     """Class folders named by label; "10" comes after "2"."""
-    images, classnames = "imagenetv2-matched-frequency-format-val", list(_wnids(folder).values())
+    images, classnames = (
+        "imagenetv2-matched-frequency-format-val",
+        list(_wnids(folder).values()),
+    )
     where = folder / images
     if not where.is_dir():
         raise InputError(f"the folder {where} is missing")
     found = scan(where, remember=True)
     for name in found:
         if not name.isdigit() or int(name) >= len(classnames):
-            raise InputError(f"the folder {where / name} must be a label from 0 to {len(classnames) - 1}")
-    test = _sized(images, sorted((int(name), paths) for name, paths in found.items()), classnames)
-    return Listing(folder, test=test, classnames=classnames, source_rows=list(range(len(classnames))))
+            raise InputError(
+                f"the folder {where / name} must be a label from 0 to"
+                f" {len(classnames) - 1}"
+            )
+    test = _sized(
+        images, sorted((int(name), paths) for name, paths in found.items()), classnames
+    )
+    return Listing(
+        folder,
+        test=test,
+        classnames=classnames,
+        source_rows=list(range(len(classnames))),
+    )
 
 
-# --- the table ----------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------
 
 TABLE = {
     "imagenet": Entry(

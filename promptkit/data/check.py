@@ -1,4 +1,6 @@
-"""What of the real datasets is there, what is missing or damaged, and what to do about it."""
+"""What of the real datasets is there, what is missing or damaged, and what to do about
+it.
+"""
 
 import warnings
 from dataclasses import dataclass
@@ -15,8 +17,10 @@ class Report:
     """The state of a dataset's folder.
 
     Attributes:
-        state: "ready"; "home-made", of its split; "differs" from the benchmark's counts; "missing"; "damaged".
-        counts: classes, then images for training, validation and testing; None if they cannot be told.
+        state: "ready"; "home-made", of its split; "differs" from the benchmark's
+            counts; "missing"; "damaged".
+        counts: classes, then images for training, validation and testing; None if they
+            cannot be told.
         note: what is wrong and what to do.
     """
 
@@ -42,7 +46,13 @@ def check(name: str, root=None, images: bool = False) -> Report:
     except InputError as error:
         missing = not (data_root(root) / TABLE[name].folder).is_dir()
         return Report(
-            name, folder, *(("missing", None, remedy(name, root)) if missing else ("damaged", None, str(error)))
+            name,
+            folder,
+            *(
+                ("missing", None, remedy(name, root))
+                if missing
+                else ("damaged", None, str(error))
+            ),
         )
     bad = _unreadable(listing, name) if images else []
     if bad:
@@ -55,7 +65,9 @@ def check(name: str, root=None, images: bool = False) -> Report:
 
 def _unreadable(listing, name):
     """What is wrong with the images that cannot be decoded, a sentence each."""
-    paths = list(dict.fromkeys(path for part in PARTS for path in listing.files[part].paths))
+    paths = list(
+        dict.fromkeys(path for part in PARTS for path in listing.files[part].paths)
+    )
 
     def problem(path):
         try:
@@ -63,5 +75,11 @@ def _unreadable(listing, name):
         except InputError as error:
             return str(error)
 
-    found = tqdm(workers().map(problem, paths), total=len(paths), desc=f"decoding {name}", unit="image", leave=False)
+    found = tqdm(
+        workers().map(problem, paths),
+        total=len(paths),
+        desc=f"decoding {name}",
+        unit="image",
+        leave=False,
+    )
     return [text for text in found if text]

@@ -1,4 +1,6 @@
-"""From images to what a method reads: CLIP's transforms, and frozen features that are computed once."""
+"""From images to what a method reads: CLIP's transforms, and frozen features that are
+computed once.
+"""
 
 import hashlib
 import shutil
@@ -18,23 +20,34 @@ from promptkit.files import cache_folder, write_atomically
 BICUBIC = InterpolationMode.BICUBIC
 
 
-def transform(clip, images, augment: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
+def transform(
+    clip, images, augment: bool = False, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Images as `clip` wants them: (B, 3, S, S) float, normalised, on its device.
 
-    Testing: shorter side to S, centre crop. Training (`augment`): a random crop of 8-100 % of the area and 3/4-4/3 in
-    shape, resized, flipped in half of the cases; the same for every method, as in CoOp's code (Zhou et al. 2022). Both
-    resize by PIL, bicubic.
+    Testing: shorter side to S, centre crop. Training (`augment`): a random crop of
+    8-100 % of the area and 3/4-4/3 in shape, resized, flipped in half of the cases; the
+    same for every method, as in CoOp's code (Zhou et al. 2022). Both resize by PIL,
+    bicubic.
 
     Args:
         images: (B, 3, H, W) uint8, or a list of B tensors (3, H, W) uint8 of any sizes.
         generator: draws crops and flips, image by image.
     """
     size = clip.image_size
-    if not augment and isinstance(images, torch.Tensor) and images.shape[-2:] == (size, size):
+    if (
+        not augment
+        and isinstance(images, torch.Tensor)
+        and images.shape[-2:] == (size, size)
+    ):
         x = images
     else:
-        crops = [_draw_crop(image.shape, generator) if augment else None for image in images]
-        x = torch.stack(list(workers().map(_resize, images, crops, [size] * len(images))))
+        crops = [
+            _draw_crop(image.shape, generator) if augment else None for image in images
+        ]
+        x = torch.stack(
+            list(workers().map(_resize, images, crops, [size] * len(images)))
+        )
     return clip.normalize(x.to(clip.device).float() / 255)
 
 
@@ -50,11 +63,16 @@ def _resize(image, crop, size):  # (3, H, W) uint8 -> (3, S, S) uint8
 
 
 def _draw_crop(shape, generator):
-    """(top, left, height, width, whether to flip), by the rule of torchvision's RandomResizedCrop."""
+    """(top, left, height, width, whether to flip), by the rule of torchvision's
+    RandomResizedCrop.
+    """
     height, width = shape[-2:]
     for _ in range(10):
         area, log_ratio = torch.rand(2, generator=generator).tolist()
-        area, ratio = height * width * (0.08 + 0.92 * area), (4 / 3) ** (2 * log_ratio - 1)
+        area, ratio = (
+            height * width * (0.08 + 0.92 * area),
+            (4 / 3) ** (2 * log_ratio - 1),
+        )
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             top = int(torch.randint(height - h + 1, (), generator=generator))
@@ -66,13 +84,15 @@ def _draw_crop(shape, generator):
     return top, left, h, w, bool(torch.rand((), generator=generator) < 0.5)
 
 
-def features(clip, split) -> torch.Tensor:
-    """Frozen image features of a split, (N, E) float32, not normalised, on the CLIP's device: computed once.
+def frozen_features(clip, split) -> torch.Tensor:
+    """Frozen image features of a split, (N, E) float32, not normalised, on the CLIP's
+    device: computed once.
 
-    They are kept in a memory-mapped file of the cache folder, a row an image of the underlying data, under the weights'
-    fingerprint, the precision, the data's key and the test transform. Rows that are asked for and not there are
-    computed in chunks, each of which is there at once: after an interruption the rest follows. Of images in files only
-    those are computed, of images in memory all.
+    They are kept in a memory-mapped file of the cache folder, a row an image of the
+    underlying data, under the weights' fingerprint, the precision, the data's key and
+    the test transform. Rows that are asked for and not there are computed in chunks,
+    each of which is there at once: after an interruption the rest follows. Of images in
+    files only those are computed, of images in memory all.
     """
     if len(split) == 0:
         return torch.zeros(0, clip.embed_dim, device=clip.device)
@@ -84,16 +104,28 @@ def features(clip, split) -> torch.Tensor:
 
 
 def _store(clip, split):
-    """The rows of the underlying data as a memory-mapped array: feature (E,) and whether it is done."""
-    identity = f"{clip.fingerprint}-{clip.image_size}-{clip.precision}-{split.key}-test transform by PIL"
-    path = cache_folder("features") / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.rows"
+    """The rows of the underlying data as a memory-mapped array: feature (E,) and
+    whether it is done.
+    """
+    identity = (
+        f"{clip.fingerprint}-{clip.image_size}-{clip.precision}-{split.key}-test"
+        " transform by PIL"
+    )
+    path = (
+        cache_folder("features")
+        / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.rows"
+    )
     row = np.dtype([("feature", "<f4", (clip.embed_dim,)), ("done", "<u4")])
     size = path.stat().st_size if path.exists() else 0
     if size % row.itemsize or size <= split.rows.max() * row.itemsize:
         if size:
-            warnings.warn(f"damaged feature cache {path}: computing it again", stacklevel=3)
+            warnings.warn(
+                f"damaged feature cache {path}: computing it again", stacklevel=3
+            )
         nbytes = len(split.source()) * row.itemsize
-        write_atomically(path, lambda file: file.truncate(nbytes))  # zeros that take no space until they are written
+        write_atomically(
+            path, lambda file: file.truncate(nbytes)
+        )  # zeros that take no space until they are written
     return np.memmap(path, row, "r+")
 
 
@@ -101,20 +133,40 @@ def _store(clip, split):
 def _fill(clip, split, store, rows):
     source = split.source()
     slow = isinstance(source, Files)
-    chunks = torch.as_tensor(rows if slow else np.arange(len(store))).split(64 if slow else 256)
+    chunks = torch.as_tensor(rows if slow else np.arange(len(store))).split(
+        64 if slow else 256
+    )
     need, folder = sum(map(len, chunks)) * store.itemsize, cache_folder("features")
-    if shutil.disk_usage(folder).free < need:  # a memory-mapped file cannot say so itself: the process would be killed
+    if (
+        shutil.disk_usage(folder).free < need
+    ):  # a memory-mapped file cannot say so itself: the process would be killed
         raise InputError(
-            f"{folder} has no space for {need / 1e9:.2g} GB of image features: make room, or set $PROMPTKIT_CACHE"
+            f"{folder} has no space for {need / 1e9:.2g} GB of image features: make"
+            " room, or set $PROMPTKIT_CACHE"
         )
-    bar = tqdm(total=sum(map(len, chunks)), desc="image features", unit="image", disable=not slow, leave=False)
-    with bar, ThreadPoolExecutor(1) as ahead:  # reads the next chunk while the GPU works on this one
+    bar = tqdm(
+        total=sum(map(len, chunks)),
+        desc="image features",
+        unit="image",
+        disable=not slow,
+        leave=False,
+    )
+    with (
+        bar,
+        ThreadPoolExecutor(1) as ahead,
+    ):  # reads the next chunk while the GPU works on this one
         read = [ahead.submit(lambda chunk: transform(clip, source[chunk]), chunks[0])]
         for n, chunk in enumerate(chunks):
             images = read.pop().result()
             if n + 1 < len(chunks):
-                read.append(ahead.submit(lambda chunk: transform(clip, source[chunk]), chunks[n + 1]))
-            store["feature"][chunk.numpy()] = clip.encode_image(images).float().cpu().numpy()
+                read.append(
+                    ahead.submit(
+                        lambda chunk: transform(clip, source[chunk]), chunks[n + 1]
+                    )
+                )
+            store["feature"][chunk.numpy()] = (
+                clip.encode_image(images).float().cpu().numpy()
+            )
             store.flush()
             store["done"][chunk.numpy()] = 1
             bar.update(len(chunk))

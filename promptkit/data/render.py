@@ -1,7 +1,9 @@
-"""Drawing for the mini world: polygons, patterns, backdrops, styles and camera noise, in PIL and numpy.
+"""Drawing for the mini world: polygons, patterns, backdrops, styles and camera noise,
+in PIL and numpy.
 
-Objects are drawn in their own coordinates ([-1, 1], y down) on a canvas three times the final size and averaged down,
-so every edge is antialiased with integer arithmetic alone: the same seed gives the same pixels on every machine.
+Objects are drawn in their own coordinates ([-1, 1], y down) on a canvas three times the
+final size and averaged down, so every edge is antialiased with integer arithmetic
+alone: the same seed gives the same pixels on every machine.
 """
 
 from dataclasses import dataclass
@@ -30,15 +32,21 @@ def random_generator(*key: int) -> np.random.Generator:
 
 def jittered(color: str, rng) -> tuple:
     """The RGB of a colour word, moved by up to 18 of 255 a channel."""
-    return tuple(int(v) for v in np.clip(np.add(COLORS[color], rng.integers(-18, 19, 3)), 0, 255))
+    return tuple(
+        int(v) for v in np.clip(np.add(COLORS[color], rng.integers(-18, 19, 3)), 0, 255)
+    )
 
 
-# --- patterns ---------------------------------------------------------------------------------------------------
+# --- patterns -------------------------------------------------------------------------
 
 
 def _noise(rng, cells: int) -> np.ndarray:
-    """Smooth noise in [0, 255], (CANVAS, CANVAS) uint8, with about `cells` blobs a side."""
-    coarse = Image.fromarray(rng.integers(0, 256, (cells + 2, cells + 2), dtype=np.uint8))
+    """Smooth noise in [0, 255], (CANVAS, CANVAS) uint8, with about `cells` blobs a
+    side.
+    """
+    coarse = Image.fromarray(
+        rng.integers(0, 256, (cells + 2, cells + 2), dtype=np.uint8)
+    )
     return np.asarray(coarse.resize((CANVAS, CANVAS), Image.BICUBIC))
 
 
@@ -49,7 +57,9 @@ def _cells(u, v, offset=0.0):
 
 
 def _pattern(name: str, u, v, rng) -> np.ndarray:
-    """Where the second colour goes: a boolean (or, for gradients, 0-1) field over pattern coordinates u, v."""
+    """Where the second colour goes: a boolean (or, for gradients, 0-1) field over
+    pattern coordinates u, v.
+    """
     a, b = _cells(u, v)
     match name:
         case "striped":
@@ -88,10 +98,14 @@ def _pattern(name: str, u, v, rng) -> np.ndarray:
         case "marbled":
             return (_noise(rng, 5) / 40.0) % 1 < 0.3
         case "crossed":
-            return ((np.abs(a) < 0.1) & (np.abs(b) < 0.34)) | ((np.abs(b) < 0.1) & (np.abs(a) < 0.34))
+            return ((np.abs(a) < 0.1) & (np.abs(b) < 0.34)) | (
+                (np.abs(b) < 0.1) & (np.abs(a) < 0.34)
+            )
         case "cracked":
             seeds = rng.uniform((u.min(), v.min()), (u.max(), v.max()), (40, 2))
-            near = np.sort(np.hypot(u[..., None] - seeds[:, 0], v[..., None] - seeds[:, 1]), -1)
+            near = np.sort(
+                np.hypot(u[..., None] - seeds[:, 0], v[..., None] - seeds[:, 1]), -1
+            )
             return near[..., 1] - near[..., 0] < 0.2
         case "bubbly":
             a, b = _cells(u, v, 0.5)
@@ -106,15 +120,23 @@ TEXTURES = PATTERNS[1:] + ("starry", "marbled", "crossed", "cracked", "bubbly", 
 
 @lru_cache(None)
 def pattern_mask(name: str, variant: int) -> Image.Image:
-    """One of VARIANTS ready-made masks ('L', CANVAS x CANVAS): random frequency, angle and phase."""
+    """One of VARIANTS ready-made masks ('L', CANVAS x CANVAS): random frequency, angle
+    and phase.
+    """
     rng = random_generator(771, TEXTURES.index(name), variant)
     y, x = (np.mgrid[:CANVAS, :CANVAS] + 0.5) / CANVAS - 0.5
     angle, frequency = rng.uniform(0, np.pi), rng.uniform(4.5, 7)
-    centre = rng.uniform(-0.3, 0.3, 2) if name in ("ringed", "rayed") else rng.uniform(-3, 3, 2)
+    centre = (
+        rng.uniform(-0.3, 0.3, 2)
+        if name in ("ringed", "rayed")
+        else rng.uniform(-3, 3, 2)
+    )
     x, y = x - centre[0], y - centre[1]
     u = frequency * (np.cos(angle) * x + np.sin(angle) * y)
     v = frequency * (-np.sin(angle) * x + np.cos(angle) * y)
-    return Image.fromarray((np.asarray(_pattern(name, u, v, rng), np.float64) * 255).astype(np.uint8))
+    return Image.fromarray(
+        (np.asarray(_pattern(name, u, v, rng), np.float64) * 255).astype(np.uint8)
+    )
 
 
 @dataclass
@@ -138,22 +160,31 @@ class Paint:
         return base
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------
 
 _TURN = np.linspace(0, 2 * np.pi, 24, endpoint=False)
 _CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], 1)
 
 
 class Canvas:
-    """A picture in progress, and the similarity transform that places the object drawn on it."""
+    """A picture in progress, and the similarity transform that places the object drawn
+    on it.
+    """
 
-    def __init__(self, backdrop: Image.Image, rng, scale=(0.65, 1.0), angle=0.0, flip=True):
+    def __init__(
+        self, backdrop: Image.Image, rng, scale=(0.65, 1.0), angle=0.0, flip=True
+    ):
         self.image, self.draw, self.rng = backdrop, ImageDraw.Draw(backdrop), rng
         size = rng.uniform(*scale)
-        turn, (dx, dy) = rng.uniform(-angle, angle), rng.uniform(-1, 1, 2) * 0.9 * (1 - size)
+        turn, (dx, dy) = (
+            rng.uniform(-angle, angle),
+            rng.uniform(-1, 1, 2) * 0.9 * (1 - size),
+        )
         cos, sin = np.cos(turn), np.sin(turn)
         mirror = -1 if flip and rng.random() < 0.5 else 1
-        self.matrix = size * 0.92 * np.array([[cos * mirror, sin * mirror], [-sin, cos]])  # object -> canvas
+        self.matrix = (
+            size * 0.92 * np.array([[cos * mirror, sin * mirror], [-sin, cos]])
+        )  # object -> canvas
         self.shift = np.array([dx, dy])
 
     def pixels(self, points) -> list:
@@ -161,7 +192,9 @@ class Canvas:
         return [tuple(p) for p in np.rint(xy).astype(int)]
 
     def polygon(self, points, paint):
-        """Fill the polygon of `points` (n, 2), in object coordinates, with an RGB tuple or a Paint."""
+        """Fill the polygon of `points` (n, 2), in object coordinates, with an RGB tuple
+        or a Paint.
+        """
         points = self.pixels(points)
         if isinstance(paint, tuple):
             self.draw.polygon(points, fill=paint)
@@ -174,14 +207,18 @@ class Canvas:
 
     def ellipse(self, x, y, rx, ry, paint, angle=0.0):
         cos, sin = np.cos(angle), np.sin(angle)
-        self.polygon((_CIRCLE * (rx, ry)) @ np.array([[cos, sin], [-sin, cos]]) + (x, y), paint)
+        self.polygon(
+            (_CIRCLE * (rx, ry)) @ np.array([[cos, sin], [-sin, cos]]) + (x, y), paint
+        )
 
     def circle(self, x, y, r, paint):
         self.ellipse(x, y, r, r, paint)
 
     def box(self, x, y, w, h, paint):
         """Centre and half sizes."""
-        self.polygon([(x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)], paint)
+        self.polygon(
+            [(x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)], paint
+        )
 
     def line(self, points, width, paint):
         """A polyline of the given half width, with round joints."""
@@ -199,7 +236,10 @@ class Canvas:
     def star(self, x, y, points, outer, inner, paint, turn=-np.pi / 2):
         angle = turn + np.arange(2 * points) * np.pi / points
         radius = np.where(np.arange(2 * points) % 2, inner, outer)
-        self.polygon(np.stack([np.cos(angle), np.sin(angle)], 1) * radius[:, None] + (x, y), paint)
+        self.polygon(
+            np.stack([np.cos(angle), np.sin(angle)], 1) * radius[:, None] + (x, y),
+            paint,
+        )
 
     def ngon(self, x, y, sides, r, paint, turn=-np.pi / 2):
         angle = turn + np.arange(sides) * 2 * np.pi / sides
@@ -211,17 +251,26 @@ def random_rgb(rng) -> tuple:
 
 
 def backdrop(rng) -> Image.Image:
-    """Flat 30 %, gradient 25 %, blotches 20 %, faint pattern 25 %, in pale or dark shades of any colours."""
+    """Flat 30 %, gradient 25 %, blotches 20 %, faint pattern 25 %, in pale or dark
+    shades of any colours.
+    """
     shade, kind = (235, 235, 230) if rng.random() < 0.75 else (20, 20, 25), rng.random()
     first, second = (
-        tuple(np.add(np.multiply(random_rgb(rng), 0.4), np.multiply(shade, 0.6)).astype(int)) for _ in "ab"
+        tuple(
+            np.add(np.multiply(random_rgb(rng), 0.4), np.multiply(shade, 0.6)).astype(
+                int
+            )
+        )
+        for _ in "ab"
     )
     if kind < 0.30:
         return Image.new("RGB", (CANVAS, CANVAS), first)
     if kind < 0.55:
         return Paint.patterned(first, second, "faded", rng).image()
     faint = tuple(int(0.72 * a + 0.28 * b) for a, b in zip(first, second, strict=False))
-    return Paint.patterned(first, faint, "blotchy" if kind < 0.75 else PATTERNS[rng.integers(1, 15)], rng).image()
+    return Paint.patterned(
+        first, faint, "blotchy" if kind < 0.75 else PATTERNS[rng.integers(1, 15)], rng
+    ).image()
 
 
 def clutter(image: Image.Image, rng, count: int, size=(0.04, 0.09)) -> None:
@@ -229,10 +278,17 @@ def clutter(image: Image.Image, rng, count: int, size=(0.04, 0.09)) -> None:
     draw = ImageDraw.Draw(image)
     for _ in range(count):
         turn, r = rng.uniform(0, 2 * np.pi), rng.uniform(*size) * CANVAS
-        x, y = CANVAS / 2 * (1 + rng.uniform(0.75, 1.05) * np.array([np.cos(turn), np.sin(turn)]))
+        x, y = (
+            CANVAS
+            / 2
+            * (1 + rng.uniform(0.75, 1.05) * np.array([np.cos(turn), np.sin(turn)]))
+        )
         sides = int(rng.integers(3, 7))
         angle = turn + np.arange(sides) * 2 * np.pi / sides
-        draw.polygon([(int(x + r * np.cos(a)), int(y + r * np.sin(a))) for a in angle], fill=random_rgb(rng))
+        draw.polygon(
+            [(int(x + r * np.cos(a)), int(y + r * np.sin(a))) for a in angle],
+            fill=random_rgb(rng),
+        )
 
 
 def occlude(image: Image.Image, rng) -> None:
@@ -245,15 +301,19 @@ def occlude(image: Image.Image, rng) -> None:
         (where - lean + width, CANVAS),
         (where - lean - width, CANVAS),
     ]
-    ImageDraw.Draw(image).polygon([(int(x), int(y)) for x, y in bar], fill=random_rgb(rng))
+    ImageDraw.Draw(image).polygon(
+        [(int(x), int(y)) for x, y in bar], fill=random_rgb(rng)
+    )
 
 
-# --- words, styles, camera --------------------------------------------------------------------------------------
+# --- words, styles, camera ------------------------------------------------------------
 
 
 @lru_cache(None)
 def word_mask(word: str) -> Image.Image:
-    """The word in capitals, stretched to a plate 132 x 40 of the canvas's 144 pixels ('L')."""
+    """The word in capitals, stretched to a plate 132 x 40 of the canvas's 144 pixels
+    ('L').
+    """
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf"
@@ -264,21 +324,30 @@ def word_mask(word: str) -> Image.Image:
 
 
 def stamp(image: Image.Image, word: str, rng) -> None:
-    """A plate with the word over the bottom third, the rows of two patches of the image tower."""
+    """A plate with the word over the bottom third, the rows of two patches of the image
+    tower.
+    """
     plate, ink = (LIGHT, DARK) if rng.random() < 0.7 else (DARK, LIGHT)
     image.paste(plate, (0, CANVAS - 48, CANVAS, CANVAS))
     image.paste(ink, (6, CANVAS - 44), word_mask(word))
 
 
 def sketch(image: Image.Image, rng, color: float = 1.0) -> Image.Image:
-    """Edges in the object's own colours on paper, like coloured pencils; `color` below 1 fades them to gray."""
+    """Edges in the object's own colours on paper, like coloured pencils; `color` below
+    1 fades them to gray.
+    """
     soft = np.asarray(image.filter(ImageFilter.GaussianBlur(1.2)), np.float32)
-    gx, gy = np.abs(soft[:, 2:] - soft[:, :-2])[1:-1], np.abs(soft[2:] - soft[:-2])[:, 1:-1]
+    gx, gy = (
+        np.abs(soft[:, 2:] - soft[:, :-2])[1:-1],
+        np.abs(soft[2:] - soft[:-2])[:, 1:-1],
+    )
     edge = np.clip((gx + gy).max(-1, keepdims=True) / 90, 0, 1)
     edge = np.pad(edge, ((1, 1), (1, 1), (0, 0)))
     edge = (
         np.asarray(
-            Image.fromarray((edge[..., 0] * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(5)),
+            Image.fromarray((edge[..., 0] * 255).astype(np.uint8)).filter(
+                ImageFilter.MaxFilter(5)
+            ),
             np.float32,
         )
         / 255
@@ -286,17 +355,26 @@ def sketch(image: Image.Image, rng, color: float = 1.0) -> Image.Image:
     soft = color * soft + (1 - color) * soft.mean(-1, keepdims=True)
     ink = soft * 0.85
     paper = 246 - 90 * (1 - soft / 255) * 0.5
-    return Image.fromarray((edge[..., None] * ink + (1 - edge[..., None]) * paper).astype(np.uint8))
+    return Image.fromarray(
+        (edge[..., None] * ink + (1 - edge[..., None]) * paper).astype(np.uint8)
+    )
 
 
 def rendition(image: Image.Image, rng, permuted: float = 0.5) -> Image.Image:
-    """Four levels a channel, dark outlines, and in a part of the images the channels permuted."""
+    """Four levels a channel, dark outlines, and in a part of the images the channels
+    permuted.
+    """
     flat = np.asarray(image.filter(ImageFilter.MedianFilter(5)), np.float32)
     flat = np.rint(flat / 85) * 85
-    gx, gy = np.abs(flat[:, 2:] - flat[:, :-2])[1:-1], np.abs(flat[2:] - flat[:-2])[:, 1:-1]
+    gx, gy = (
+        np.abs(flat[:, 2:] - flat[:, :-2])[1:-1],
+        np.abs(flat[2:] - flat[:-2])[:, 1:-1],
+    )
     outline = np.pad((gx + gy).max(-1) > 80, 1)
     flat = flat[..., rng.permutation(3)] if rng.random() < permuted else flat
-    return Image.fromarray(np.where(outline[..., None], 0.25 * flat, flat).astype(np.uint8))
+    return Image.fromarray(
+        np.where(outline[..., None], 0.25 * flat, flat).astype(np.uint8)
+    )
 
 
 STYLES = {
@@ -307,10 +385,14 @@ STYLES = {
 }
 
 
-def photograph(image: Image.Image, rng, strength: float = 1.0, muted: bool = False) -> np.ndarray:
-    """Average down to SIZE and add what a camera adds: gain, offset, colour cast, uneven light, blur, noise.
+def photograph(
+    image: Image.Image, rng, strength: float = 1.0, muted: bool = False
+) -> np.ndarray:
+    """Average down to SIZE and add what a camera adds: gain, offset, colour cast,
+    uneven light, blur, noise.
 
-    Returns: (SIZE, SIZE, 3) uint8. `strength` scales all of it; `muted` is the haze of a satellite picture.
+    Returns: (SIZE, SIZE, 3) uint8. `strength` scales all of it; `muted` is the haze of
+    a satellite picture.
     """
     small = image.reduce(3)
     if rng.random() < 0.08 * strength:
@@ -319,11 +401,19 @@ def photograph(image: Image.Image, rng, strength: float = 1.0, muted: bool = Fal
     if muted:
         x = np.float32(0.45) * x + np.float32(0.55) * x.mean(-1, keepdims=True)
         x = np.float32(0.42) + np.float32(0.65) * (x - x.mean())
-    gain, offset = 1 + 0.12 * strength * rng.standard_normal(), 0.06 * strength * rng.standard_normal()
-    cast, slope = 0.035 * strength * rng.standard_normal(3), 0.12 * strength * rng.standard_normal(2)
+    gain, offset = (
+        1 + 0.12 * strength * rng.standard_normal(),
+        0.06 * strength * rng.standard_normal(),
+    )
+    cast, slope = (
+        0.035 * strength * rng.standard_normal(3),
+        0.12 * strength * rng.standard_normal(2),
+    )
     ramp = np.linspace(-0.5, 0.5, SIZE)
     light = slope[0] * ramp[:, None] + slope[1] * ramp[None]
-    noise = strength * (0.005 + abs(0.018 * rng.standard_normal()) + (0.02 if muted else 0))
+    noise = strength * (
+        0.005 + abs(0.018 * rng.standard_normal()) + (0.02 if muted else 0)
+    )
     x = x * np.float32(gain) + (light[..., None] + cast + offset).astype(np.float32)
     x = x + rng.standard_normal(x.shape, dtype=np.float32) * np.float32(noise)
     return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)

@@ -1,4 +1,6 @@
-"""The eleven tasks of the mini world and the four shifts of its main set: their classes, templates and images."""
+"""The eleven tasks of the mini world and the four shifts of its main set: their
+classes, templates and images.
+"""
 
 from dataclasses import dataclass
 
@@ -28,7 +30,9 @@ def _of(family, labels):
 _CARS = range(len(BRANDS) * 5)
 _MIX = [_of("pet", range(20, 30)), _of("flower", range(24, 32)), _of("dish", range(20, 28)),
         _of("car", [i for i in _CARS if i % 5 == 4]), _of("thing", range(2, 34, 4))]  # fmt: skip
-_MAIN = tuple(c for half in (0, 1) for group in _MIX for c in group[half::2])  # both halves hold every family
+_MAIN = tuple(
+    c for half in (0, 1) for group in _MIX for c in group[half::2]
+)  # both halves hold every family
 
 TASKS = {
     task.name: task
@@ -56,11 +60,16 @@ SHIFTS = {
         dict(scale=(0.6, 1.0), clutter_range=(0, 3), deviation=0.12, strength=1.5),
     ),
     "mini-sketch": ("Mini-Sketch", dict(style="pencil")),
-    "mini-a": ("Mini-A (hard)", dict(scale=(0.5, 0.9), clutter_range=(1, 4), hard=True)),
+    "mini-a": (
+        "Mini-A (hard)",
+        dict(scale=(0.5, 0.9), clutter_range=(1, 4), hard=True),
+    ),
     "mini-r": ("Mini-R (renditions)", dict(style="print")),
 }
 
-WORDS = "objects-words"  # the objects with another object's name on a plate: what an image tower that reads falls for
+WORDS = (  # the objects with another object's name on a plate: what an image tower that reads falls for
+    "objects-words"
+)
 
 
 def draw_options(task: str) -> dict:
@@ -71,9 +80,13 @@ def draw_options(task: str) -> dict:
 
 
 def facts(task: Task) -> dict[str, list[str]]:
-    """Descriptive phrases a class, as captions of the world use them: {class name: ["pointy ears", ...]}."""
+    """Descriptive phrases a class, as captions of the world use them: {class name:
+    ["pointy ears", ...]}.
+    """
     return {
-        FAMILIES[family].names[label]: FAMILIES[family].facts(FAMILIES[family].bundles[label])
+        FAMILIES[family].names[label]: (
+            FAMILIES[family].facts(FAMILIES[family].bundles[label])
+        )
         for family, label in task.classes
     }
 

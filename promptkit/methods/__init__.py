@@ -1,1 +1,3 @@
-"""One module a paper, named after its method. Every module of this folder registers itself."""
+"""One module a paper, named after its method. Every module of this folder registers
+itself.
+"""

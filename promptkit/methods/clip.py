@@ -1,8 +1,9 @@
-"""Zero-shot CLIP: the class names, written into hand-made sentences, are the classifier.
+"""Zero-shot CLIP: the class names, written into hand-made sentences, are the
+classifier.
 
-Learning Transferable Visual Models From Natural Language Supervision; Radford et al., ICML 2021; arXiv
-2103.00020. The templates are those of the prompt-learning benchmark (CoOp, arXiv 2109.01134), which every
-later table calls "CLIP". No deviation.
+Learning Transferable Visual Models From Natural Language Supervision; Radford et al.,
+ICML 2021; arXiv 2103.00020. The templates are those of the prompt-learning benchmark
+(CoOp, arXiv 2109.01134), which every later table calls "CLIP". No deviation.
 """
 
 from promptkit.clip import zero_shot_features
@@ -17,12 +18,14 @@ class CLIP(Method):
     .. math::
         p(y = c \mid x) \propto \exp(s \cos(f(x), w_c)), \qquad w_c = g(\text{"a photo of a [class c]."})
 
-    An ensemble of templates is one class feature too: the mean of the normalised features, normalised again.
+    An ensemble of templates is one class feature too: the mean of the normalised
+    features, normalised again.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        template: a sentence with "{}" in place of the class name, or several of them for an ensemble. None:
+        template: a sentence with "{}" in place of the class name, or several of them
+            for an ensemble. None:
             that of the dataset it is aimed at, "a photo of a {}." before.
 
     Raises:
@@ -34,7 +37,11 @@ class CLIP(Method):
     year = 2021
     paper = "2103.00020"
     kind = "zero-shot"
-    official_hyperparameters = {"template": "template", "dataset": None, "ensemble_templates": None}
+    official_hyperparameters = {
+        "template": "template",
+        "dataset": None,
+        "ensemble_templates": None,
+    }
 
     def __init__(self, clip, classnames, *, template: str | list[str] | None = None):
         super().__init__(clip, classnames)
@@ -42,11 +49,18 @@ class CLIP(Method):
         template = template if self.given else "a photo of a {}."
         templates = [template] if isinstance(template, str) else list(template)
         fine = bool(templates) and all("{}" in t for t in templates)
-        expect(fine, "template", template, "one sentence or more, each with {} in place of the class name")
+        expect(
+            fine,
+            "template",
+            template,
+            "one sentence or more, each with {} in place of the class name",
+        )
         self.templates = templates
 
     def aim(self, dataset):
-        """Take over the dataset's classes and, unless a template was asked for, its template."""
+        """Take over the dataset's classes and, unless a template was asked for, its
+        template.
+        """
         if not self.given:
             self.templates = [dataset.template]
             self.hparams["template"] = dataset.template

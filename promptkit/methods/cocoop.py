@@ -1,9 +1,11 @@
 """CoCoOp: a context that every image shifts.
 
-Conditional Prompt Learning for Vision-Language Models; Zhou et al., CVPR 2022; arXiv 2203.05557.
+Conditional Prompt Learning for Vision-Language Models; Zhou et al., CVPR 2022; arXiv
+2203.05557.
 
-Deviations: context and Meta-Net are kept in float32, where the paper's runs use half precision; the classes of
-all images go through the text tower together, where the published code takes one image at a time.
+Deviations: context and Meta-Net are kept in float32, where the paper's runs use half
+precision; the classes of all images go through the text tower together, where the
+published code takes one image at a time.
 """
 
 import torch.nn.functional as F
@@ -16,7 +18,9 @@ from promptkit.train import Recipe
 
 
 class MetaNet(nn.Module):
-    """A bottleneck of two layers from image features (B, E) to shifts of the context (B, D)."""
+    """A bottleneck of two layers from image features (B, E) to shifts of the context
+    (B, D).
+    """
 
     def __init__(self, features: int, width: int):
         super().__init__()
@@ -29,13 +33,15 @@ class MetaNet(nn.Module):
 
 @register
 class CoCoOp(Method):
-    r"""CoOp's context, plus one vector that a small network makes from the image, added to every token of it.
+    r"""CoOp's context, plus one vector that a small network makes from the image, added
+    to every token of it.
 
     .. math:: v_m(x) = v_m + \pi(x), \quad \pi(x) = W_2\,\mathrm{ReLU}(W_1 \bar f(x) + b_1) + b_2, \qquad
        p(y = c \mid x) \propto \exp(s \cos(f(x), g([v_1(x)] \dots [v_M(x)]\,[\mathrm{class}_c]\,.)))
 
-    with the normalised image feature :math:`\bar f(x)`. Every image has class features of its own, so B images
-    and C classes are B x C prompts; those of one image share its context.
+    with the normalised image feature :math:`\bar f(x)`. Every image has class features
+    of its own, so B images and C classes are B x C prompts; those of one image share
+    its context.
 
     Args:
         clip: the frozen backbone.
@@ -44,8 +50,8 @@ class CoCoOp(Method):
         init: words whose embeddings the vectors start from; empty: normal, std 0.02.
 
     Raises:
-        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
-            tower.
+        InputError: a hyperparameter or a class name does not fit, or the whole is too
+            long for the text tower.
     """
 
     name = "cocoop"
@@ -59,7 +65,9 @@ class CoCoOp(Method):
     def __init__(self, clip, classnames, *, n_ctx: int = 4, init: str = "a photo of a"):
         super().__init__(clip, classnames)
         expect(n_ctx >= 1, "n_ctx", n_ctx, "at least 1")
-        self.context = Context(clip, self.classnames, length=None if init else n_ctx, words=init or None)
+        self.context = Context(
+            clip, self.classnames, length=None if init else n_ctx, words=init or None
+        )
         self.meta_net = MetaNet(clip.embed_dim, clip.width)
 
     def set_classes(self, classnames):
@@ -67,20 +75,35 @@ class CoCoOp(Method):
         self.context.set_classes(self.classnames)
 
     def shift(self, image_features):
-        """pi, (B, D): what images with features (B, E) add to every vector of the context."""
+        """pi, (B, D): what images with features (B, E) add to every vector of the
+        context.
+        """
         return self.meta_net(F.normalize(image_features, dim=-1))
 
     def text_features(self, image_features=None):
         if image_features is None:
-            raise InputError("CoCoOp's class features depend on the image: pass image_features, (B, E)")
-        vectors = self.context.vectors + self.shift(image_features)[:, None, None]  # (B, 1, M, D)
+            raise InputError(
+                "CoCoOp's class features depend on the image: pass image_features,"
+                " (B, E)"
+            )
+        vectors = (
+            self.context.vectors + self.shift(image_features)[:, None, None]
+        )  # (B, 1, M, D)
         return self.clip.text(self.context.prompt(vectors))  # (B, C, E)
 
     def official_names(self):
-        parts = [f"meta_net.{layer}.{part}" for layer in ("linear1", "linear2") for part in ("weight", "bias")]
-        return {"prompt_learner.ctx": "context.vectors"} | {f"prompt_learner.{part}": part for part in parts}
+        parts = [
+            f"meta_net.{layer}.{part}"
+            for layer in ("linear1", "linear2")
+            for part in ("weight", "bias")
+        ]
+        return {"prompt_learner.ctx": "context.vectors"} | {
+            f"prompt_learner.{part}": part for part in parts
+        }
 
     @classmethod
     def recipe(cls, setting, host=None):
         """The paper's, the same for all protocols: batches of one image."""
-        return Recipe(hparams={"n_ctx": 4, "init": "a photo of a"}, epochs=10, batch_size=1)
+        return Recipe(
+            hparams={"n_ctx": 4, "init": "a photo of a"}, epochs=10, batch_size=1
+        )

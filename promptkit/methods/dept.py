@@ -2,12 +2,13 @@
 
 DePT: Decoupled Prompt Tuning; Zhang et al., CVPR 2024; arXiv 2309.07439.
 
-Hosts in the published code are CoOp, CoCoOp, KgCoOp and MaPLe; over others, PromptSRC among them, the same rule is
-applied here (the paper reports PromptSRC, but its code is not public).
+Hosts in the published code are CoOp, CoCoOp, KgCoOp and MaPLe; over others, PromptSRC
+among them, the same rule is applied here (the paper reports PromptSRC, but its code is
+not public).
 
-Deviations: the head is float32, where the paper's runs use half precision; which head answers is decided by the
-class names, not by a configuration. As in the published code, and not as in the paper's formula, the heads' logits
-are fused, not their probabilities.
+Deviations: the head is float32, where the paper's runs use half precision; which head
+answers is decided by the class names, not by a configuration. As in the published code,
+and not as in the paper's formula, the heads' logits are fused, not their probabilities.
 """
 
 from dataclasses import replace
@@ -22,11 +23,16 @@ from promptkit.method import Method, Plugin, expect, methods, parse, register
 
 
 class Channels(nn.Module):
-    """An affine transform of each of E channels, (..., E) -> (..., E); the identity at first."""
+    """An affine transform of each of E channels, (..., E) -> (..., E); the identity at
+    first.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
-        self.scale, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.scale, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
 
     def forward(self, x):
         return self.scale * x + self.bias
@@ -34,14 +40,16 @@ class Channels(nn.Module):
 
 @register
 class DePT(Plugin):
-    r"""A host plus a second head (CAT) on channel-wise transformed features, for the trained classes only.
+    r"""A host plus a second head (CAT) on channel-wise transformed features, for the
+    trained classes only.
 
     .. math:: L = (1-\lambda)\,L_{ce}(z^{ITM}, y) + \lambda\,L_{ce}(z^{CAT}, y) + L_{host}
 
-    where z^ITM are the host's logits and z^CAT those of one linear layer over both modalities: over the transformed
-    image features and over the transformed text features of the images' own classes. Features are not normalised
-    there. Trained classes are classified by :math:`(1-\lambda) z^{ITM} + \lambda z^{CAT}` with CAT over the image
-    features, others by z^ITM alone.
+    where z^ITM are the host's logits and z^CAT those of one linear layer over both
+    modalities: over the transformed image features and over the transformed text
+    features of the images' own classes. Features are not normalised there. Trained
+    classes are classified by :math:`(1-\lambda) z^{ITM} + \lambda z^{CAT}` with CAT
+    over the image features, others by z^ITM alone.
 
     Args:
         clip: the frozen backbone.
@@ -63,7 +71,12 @@ class DePT(Plugin):
     paper = "2309.07439"
     kind = "plug-in"
     hosts = ("coop", "cocoop", "kgcoop", "maple", "promptsrc")
-    official_hyperparameters = {"LAMBDA": "lam", "FILM": "film", "HEAD": "head", "TEST_TIME_FUSION": "fusion"}
+    official_hyperparameters = {
+        "LAMBDA": "lam",
+        "FILM": "film",
+        "HEAD": "head",
+        "TEST_TIME_FUSION": "fusion",
+    }
 
     def __init__(
         self,
@@ -81,31 +94,51 @@ class DePT(Plugin):
         expect(0 <= lam <= 1, "lam", lam, "from 0 to 1")
         expect(lr_factor > 0, "lr_factor", lr_factor, "above 0")
         self.lam, self.fusion, self.lr_factor = lam, fusion, lr_factor
-        self.film_image, self.film_text = (Channels(clip.embed_dim) if film else nn.Identity() for _ in range(2))
-        self.classifier = nn.Linear(clip.embed_dim, len(self.classnames)) if head == "linear" else None
+        self.film_image, self.film_text = (
+            Channels(clip.embed_dim) if film else nn.Identity() for _ in range(2)
+        )
+        self.classifier = (
+            nn.Linear(clip.embed_dim, len(self.classnames))
+            if head == "linear"
+            else None
+        )
 
     @cached_property
     def rows(self):
-        """For each class its row in the second head, (C,), or None if one of them was not trained."""
+        """For each class its row in the second head, (C,), or None if one of them was
+        not trained.
+        """
         if self.classnames == self.trained_on:
             return torch.arange(len(self.classnames), device=self.clip.device)
         row = {name: i for i, name in enumerate(self.trained_on)}
         known = all(name in row for name in self.classnames)
-        return torch.tensor([row[name] for name in self.classnames], device=self.clip.device) if known else None
+        return (
+            torch.tensor(
+                [row[name] for name in self.classnames], device=self.clip.device
+            )
+            if known
+            else None
+        )
 
     def cat(self, image, text):
-        """Logits (B, C) of the second head over the image features (B, E), for trained classes."""
+        """Logits (B, C) of the second head over the image features (B, E), for trained
+        classes.
+        """
         if self.classifier is None:
             return super().score(self.film_image(image), self.film_text(text))
         return self.classifier(self.film_image(image))[:, self.rows]
 
     def score(self, image, text):
-        """The host's logits, (B, C), for new classes; fused with the second head's for the trained ones."""
+        """The host's logits, (B, C), for new classes; fused with the second head's for
+        the trained ones.
+        """
         if self.rows is None:
             return super().score(image, text)
         if not self.fusion:
             return self.cat(image, text)
-        return (1 - self.lam) * super().score(image, text) + self.lam * self.cat(image, text)
+        return (1 - self.lam) * super().score(image, text) + self.lam * self.cat(
+            image, text
+        )
 
     def loss(self, batch):
         image, text = self.features(batch)
@@ -113,26 +146,45 @@ class DePT(Plugin):
         if self.classifier is None:
             cat = F.cross_entropy(self.cat(image, text), batch.labels)
         else:
-            mine = text[batch.labels] if text.dim() == 2 else text[torch.arange(len(text)), batch.labels]  # (B, E)
+            mine = (
+                text[batch.labels]
+                if text.dim() == 2
+                else text[torch.arange(len(text)), batch.labels]
+            )  # (B, E)
             both = torch.cat([self.film_text(mine), self.film_image(image)])  # (2B, E)
             cat = F.cross_entropy(self.classifier(both), batch.labels.repeat(2))
-        return (1 - self.lam) * itm + self.lam * cat + self.regularizer(batch, image, text)
+        return (
+            (1 - self.lam) * itm + self.lam * cat + self.regularizer(batch, image, text)
+        )
 
     def param_groups(self, recipe):
         own = [p for name, p in self.named_parameters() if not name.startswith("host.")]
-        return [*self.host.param_groups(recipe), {"params": own, "lr": self.lr_factor * recipe.lr}]
+        return [
+            *self.host.param_groups(recipe),
+            {"params": own, "lr": self.lr_factor * recipe.lr},
+        ]
 
     def official_names(self):
-        own = {"film_lp_img": "film_image", "film_lp_text": "film_text", "linear_probe_proj": "classifier"}
+        own = {
+            "film_lp_img": "film_image",
+            "film_lp_text": "film_text",
+            "linear_probe_proj": "classifier",
+        }
         names = super().official_names()
         for name, _ in self.named_parameters():
             module, _, leaf = name.rpartition(".")
-            names |= {f"{official}.{leaf}": name for official, ours in own.items() if ours == module}
+            names |= {
+                f"{official}.{leaf}": name
+                for official, ours in own.items()
+                if ours == module
+            }
         return names
 
     @classmethod
     def recipe(cls, setting, host):
-        """The published code's for its hosts, the same for all protocols; another host keeps its own."""
+        """The published code's for its hosts, the same for all protocols; another host
+        keeps its own.
+        """
         name, inner = parse(host)
         recipe = methods()[name].recipe(setting, inner)
         published = {
@@ -143,5 +195,7 @@ class DePT(Plugin):
         }
         if name in published:
             batch_size, lr = (1, 0.002) if name == "cocoop" else (4, 0.0035)
-            recipe = replace(recipe, hparams=published[name], epochs=10, batch_size=batch_size, lr=lr)
+            recipe = replace(
+                recipe, hparams=published[name], epochs=10, batch_size=batch_size, lr=lr
+            )
         return replace(recipe, hparams={"host": recipe.hparams})

@@ -1,8 +1,10 @@
-"""IVLP: deep prompts in both towers, learned independently; the baseline inside PromptSRC.
+"""IVLP: deep prompts in both towers, learned independently; the baseline inside
+PromptSRC.
 
-Self-regulating Prompts: Foundational Model Adaptation without Forgetting; Khattak et al., ICCV 2023; arXiv
-2307.06948; also the uncoupled variant of MaPLe (arXiv 2210.03117). Without prompts in one of the towers it is
-deep language or deep vision prompting.
+Self-regulating Prompts: Foundational Model Adaptation without Forgetting; Khattak et
+al., ICCV 2023; arXiv 2307.06948; also the uncoupled variant of MaPLe (arXiv
+2210.03117). Without prompts in one of the towers it is deep language or deep vision
+prompting.
 
 Deviations: prompts are kept in float32, where the papers' runs use half precision.
 """
@@ -20,23 +22,28 @@ from promptkit.train import Recipe
 
 @register
 class IVLP(Method):
-    """Learned tokens at the input of the first blocks of both towers; each tower has its own, block by block.
+    """Learned tokens at the input of the first blocks of both towers; each tower has
+    its own, block by block.
 
-    Text block i < J_t reads n_t tokens right behind SOS, image block i < J_v reads n_v tokens behind the patches.
-    What a block made of the last block's prompts is thrown away.
+    Text block i < J_t reads n_t tokens right behind SOS, image block i < J_v reads n_v
+    tokens behind the patches. What a block made of the last block's prompts is thrown
+    away.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
         n_ctx, n_ctx_vision: n_t and n_v, tokens a block.
-        depth, depth_vision: J_t and J_v, blocks with prompts; None: three quarters of the text tower's, 9 of
-            12. 0: none in that tower; without text prompts the classes are CLIP's "a photo of a {}.".
-        init: the words of the prompt. Their first n_t tokens learn and the others stay as they are; empty, or
-            with more than 4 tokens: normal, std 0.02, and no other words.
+        depth, depth_vision: J_t and J_v, blocks with prompts; None: three quarters of
+            the text tower's, 9 of
+            12. 0: none in that tower; without text prompts the classes are CLIP's "a
+                photo of a {}.".
+        init: the words of the prompt. Their first n_t tokens learn and the others stay
+            as they are; empty, or with more than 4 tokens: normal, std 0.02, and no
+            other words.
 
     Raises:
-        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
-            tower.
+        InputError: a hyperparameter or a class name does not fit, or the whole is too
+            long for the text tower.
     """
 
     name = "ivlp"
@@ -67,14 +74,23 @@ class IVLP(Method):
         super().__init__(clip, classnames)
         expect(n_ctx_vision >= 1, "n_ctx_vision", n_ctx_vision, "at least 1")
         text, vision = deep_prompts(clip, depth), deep_prompts(clip, depth_vision)
-        expect(text + vision > 0, "depth", depth, "above 0 where depth_vision is 0: something has to learn")
-        self.context = overwriting_context(clip, self.classnames, n_ctx, init) if text else None
+        expect(
+            text + vision > 0,
+            "depth",
+            depth,
+            "above 0 where depth_vision is 0: something has to learn",
+        )
+        self.context = (
+            overwriting_context(clip, self.classnames, n_ctx, init) if text else None
+        )
         self.deep = prompts(text - 1, n_ctx, clip.width)
         self.vision = prompts(vision, n_ctx_vision, clip.vision_width)
 
     @property
     def reads(self):
-        """Without prompts in the image tower its features are CLIP's own, and can be cached."""
+        """Without prompts in the image tower its features are CLIP's own, and can be
+        cached.
+        """
         return "images" if len(self.vision) else "features"
 
     def set_classes(self, classnames):
@@ -101,7 +117,11 @@ class IVLP(Method):
         for tower, deep, start in (("text", self.deep, 1), ("image", self.vision, 0)):
             ours = "deep" if tower == "text" else "vision"
             for n in range(len(deep)):
-                block = f"transformer.resblocks.{n + start}.VPT_shallow" if n + start else "VPT"
+                block = (
+                    f"transformer.resblocks.{n + start}.VPT_shallow"
+                    if n + start
+                    else "VPT"
+                )
                 names[f"{tower}_encoder.{block}"] = f"{ours}.{n}"
         return names
 
@@ -116,4 +136,6 @@ class IVLP(Method):
 
 def prompts(blocks: int, length: int, width: int) -> nn.ParameterList:
     """A parameter (length, width) for each block, normal with std 0.02."""
-    return nn.ParameterList(torch.empty(length, width).normal_(0, 0.02) for _ in range(blocks))
+    return nn.ParameterList(
+        torch.empty(length, width).normal_(0, 0.02) for _ in range(blocks)
+    )

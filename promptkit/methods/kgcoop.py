@@ -1,9 +1,11 @@
 """KgCoOp: stay close to what the hand-written prompt says.
 
-Visual-Language Prompt Tuning with Knowledge-guided Context Optimization; Yao et al., CVPR 2023; arXiv 2303.13283.
+Visual-Language Prompt Tuning with Knowledge-guided Context Optimization; Yao et al.,
+CVPR 2023; arXiv 2303.13283.
 
-Deviations: none from the published code. The paper writes the penalty as a squared distance, which for unit
-vectors is twice the code's 1 - cos; the published weight of 8 belongs to the code's form, used here.
+Deviations: none from the published code. The paper writes the penalty as a squared
+distance, which for unit vectors is twice the code's 1 - cos; the published weight of 8
+belongs to the code's form, used here.
 """
 
 from functools import cached_property
@@ -23,19 +25,21 @@ class KgCoOp(CoOp):
 
     .. math:: L = L_{ce} + \lambda\,\frac1C \sum_{c=1}^{C} \bigl(1 - \cos(w_c, u_c)\bigr)
 
-    The penalty runs over all C classes at every step, not over those in the batch. Inference is CoOp's.
+    The penalty runs over all C classes at every step, not over those in the batch.
+    Inference is CoOp's.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
         lam: the penalty's weight; 0 is CoOp.
-        template: of the hand-written prompts, with "{}" for the class name. None: that of the dataset it is
-            aimed at, "a photo of a {}." before.
-        n_ctx, init, class_specific: the context, as in CoOp; the class name stands at the end.
+        template: of the hand-written prompts, with "{}" for the class name. None: that
+            of the dataset it is aimed at, "a photo of a {}." before.
+        n_ctx, init, class_specific: the context, as in CoOp; the class name stands at
+            the end.
 
     Raises:
-        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
-            tower.
+        InputError: a hyperparameter or a class name does not fit, or the whole is too
+            long for the text tower.
     """
 
     name = "kgcoop"
@@ -51,7 +55,12 @@ class KgCoOp(CoOp):
         "dataset": None,
         "DATASET": None,
     }
-    official_dropped = (*CoOp.official_dropped, "bias_vectors", "meta_net", "adapter")  # never trained
+    official_dropped = (
+        *CoOp.official_dropped,
+        "bias_vectors",
+        "meta_net",
+        "adapter",
+    )  # never trained
 
     def __init__(
         self,
@@ -64,35 +73,54 @@ class KgCoOp(CoOp):
         init: str = "a photo of a",
         class_specific: bool = False,
     ):
-        super().__init__(clip, classnames, n_ctx=n_ctx, init=init, class_specific=class_specific)
+        super().__init__(
+            clip, classnames, n_ctx=n_ctx, init=init, class_specific=class_specific
+        )
         expect(lam >= 0, "lam", lam, "at least 0")
-        expect(template is None or "{}" in template, "template", template, "a sentence with {} for the class name")
+        expect(
+            template is None or "{}" in template,
+            "template",
+            template,
+            "a sentence with {} for the class name",
+        )
         self.lam = lam
         self.given, self.template = template is not None, template or "a photo of a {}."
 
     def aim(self, dataset):
-        """Take over the dataset's classes and, unless a template was asked for, its template."""
+        """Take over the dataset's classes and, unless a template was asked for, its
+        template.
+        """
         if not self.given:
-            self.template = self.hparams["template"] = dataset.variants.get("kgcoop", dataset.template)
+            self.template = self.hparams["template"] = dataset.variants.get(
+                "kgcoop", dataset.template
+            )
         super().aim(dataset)
 
     @cached_property
     def anchor(self):
-        """u, (C, E), normalised: features of the hand-written prompts, computed when training first asks."""
+        """u, (C, E), normalised: features of the hand-written prompts, computed when
+        training first asks.
+        """
         return zero_shot_features(self.clip, self.classnames, self.template)
 
     def regularizer(self, batch, image, text):
-        cosine = F.cosine_similarity(text, self.anchor, dim=-1, eps=1e-7)  # (C,), or (B, C)
+        cosine = F.cosine_similarity(
+            text, self.anchor, dim=-1, eps=1e-7
+        )  # (C,), or (B, C)
         return self.lam * (1 - cosine.mean())
 
     @classmethod
     def official_hparams(cls, hyperparameters):
-        """As for any method; any true CTX_INIT means "a photo of a", and a dataset stands for its template."""
+        """As for any method; any true CTX_INIT means "a photo of a", and a dataset
+        stands for its template.
+        """
         ours = super().official_hparams(hyperparameters)
         if "init" in ours:
             ours["init"] = "a photo of a" if ours["init"] else ""
         dataset = hyperparameters.get("DATASET", hyperparameters.get("dataset"))
-        entry = next((entry for entry in TABLE.values() if entry.loader == dataset), None)
+        entry = next(
+            (entry for entry in TABLE.values() if entry.loader == dataset), None
+        )
         if entry and "template" not in ours:
             ours["template"] = entry.variants.get("kgcoop", entry.template)
         return ours

@@ -1,9 +1,11 @@
-"""MaPLe: prompts in both towers, those of the image tower made from those of the text tower.
+"""MaPLe: prompts in both towers, those of the image tower made from those of the text
+tower.
 
 MaPLe: Multi-modal Prompt Learning; Khattak et al., CVPR 2023; arXiv 2210.03117.
 
-Deviations: prompts are kept in float32, where the paper's runs keep some of them in half precision. As in the
-published code, two learned vectors take the place of "a photo" alone: "of a" stays in the prompt.
+Deviations: prompts are kept in float32, where the paper's runs keep some of them in
+half precision. As in the published code, two learned vectors take the place of "a
+photo" alone: "of a" stays in the prompt.
 """
 
 import copy
@@ -19,24 +21,28 @@ from promptkit.train import Recipe
 
 @register
 class MaPLe(Method):
-    r"""n learned tokens at the input of the first J blocks of both towers, coupled block by block.
+    r"""n learned tokens at the input of the first J blocks of both towers, coupled
+    block by block.
 
     .. math:: \tilde p_i = A_i\,p_i + b_i, \qquad i = 0, \dots, J-1
 
-    Text block i reads p_i, (n, D), right behind SOS; image block i reads the coupled tokens, (n, Dv), behind the
-    patches. What a block made of the last block's prompts is thrown away. Gradients of both towers reach p.
+    Text block i reads p_i, (n, D), right behind SOS; image block i reads the coupled
+    tokens, (n, Dv), behind the patches. What a block made of the last block's prompts
+    is thrown away. Gradients of both towers reach p.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
         n_ctx: n, the number of tokens a block.
-        depth: J, blocks with prompts, the first of them included; None: three quarters, 9 of 12.
-        init: the words of the prompt. Their first n tokens learn and the others stay as they are; empty, or
-            with more than 4 tokens: normal, std 0.02, and no other words.
+        depth: J, blocks with prompts, the first of them included; None: three quarters,
+            9 of 12.
+        init: the words of the prompt. Their first n tokens learn and the others stay as
+            they are; empty, or with more than 4 tokens: normal, std 0.02, and no other
+            words.
 
     Raises:
-        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
-            tower.
+        InputError: a hyperparameter or a class name does not fit, or the whole is too
+            long for the text tower.
     """
 
     name = "maple"
@@ -56,14 +62,27 @@ class MaPLe(Method):
         "loss": None,
     }
 
-    def __init__(self, clip, classnames, *, n_ctx: int = 2, depth: int | None = None, init: str = "a photo of a"):
+    def __init__(
+        self,
+        clip,
+        classnames,
+        *,
+        n_ctx: int = 2,
+        depth: int | None = None,
+        init: str = "a photo of a",
+    ):
         super().__init__(clip, classnames)
         self.depth = deep_prompts(clip, depth, least=1)
         self.context = overwriting_context(clip, self.classnames, n_ctx, init)
         self.couple = nn.Linear(clip.width, clip.vision_width)
-        prompts = [torch.empty(n_ctx, clip.width).normal_(0, 0.02) for _ in range(self.depth - 1)]
+        prompts = [
+            torch.empty(n_ctx, clip.width).normal_(0, 0.02)
+            for _ in range(self.depth - 1)
+        ]
         self.deep = nn.ParameterList(prompts)
-        projection = nn.Linear(clip.width, clip.vision_width)  # all start equal, and part in training
+        projection = nn.Linear(
+            clip.width, clip.vision_width
+        )  # all start equal, and part in training
         self.couple_deep = nn.ModuleList(copy.deepcopy(projection) for _ in prompts)
 
     def set_classes(self, classnames):
@@ -76,28 +95,41 @@ class MaPLe(Method):
 
     def image_features(self, images):
         behind = self.clip.image_tower.length  # the class token and the patches
-        coupled = [A(p) for A, p in zip(self.couple_deep, self.deep, strict=True)]  # (n, Dv) each
+        coupled = [
+            A(p) for A, p in zip(self.couple_deep, self.deep, strict=True)
+        ]  # (n, Dv) each
         edit = Replace({i: (behind, p) for i, p in enumerate(coupled, start=1)})
-        return self.clip.image(images, prompt=self.couple(self.context.vectors), edit=edit)  # (B, E)
+        return self.clip.image(
+            images, prompt=self.couple(self.context.vectors), edit=edit
+        )  # (B, E)
 
     def official_names(self):
-        names = {"ctx": "context.vectors", "proj.weight": "couple.weight", "proj.bias": "couple.bias"}
+        names = {
+            "ctx": "context.vectors",
+            "proj.weight": "couple.weight",
+            "proj.bias": "couple.bias",
+        }
         for i in range(self.depth - 1):
             names[f"compound_prompts_text.{i}"] = f"deep.{i}"
             for part in ("weight", "bias"):
-                names[f"compound_prompt_projections.{i}.{part}"] = f"couple_deep.{i}.{part}"
+                names[f"compound_prompt_projections.{i}.{part}"] = (
+                    f"couple_deep.{i}.{part}"
+                )
         return {f"prompt_learner.{official}": ours for official, ours in names.items()}
 
     @classmethod
     def recipe(cls, setting, host=None):
-        """The paper's; few-shot runs, which it has not, take the settings of base-to-new."""
+        """The paper's; few-shot runs, which it has not, take the settings of
+        base-to-new.
+        """
         if setting.protocol in ("cross-dataset", "domain-generalization"):
             return Recipe(hparams={"depth": 3}, epochs=2, batch_size=4, lr=0.0026)
         return Recipe(epochs=5, batch_size=4, lr=0.0035)
 
 
 def overwriting_context(clip, classnames, n_ctx: int, init: str) -> Context:
-    """Learned tokens that overwrite the first n of a written prompt; the rest of its words stay.
+    """Learned tokens that overwrite the first n of a written prompt; the rest of its
+    words stay.
 
     Raises:
         InputError: if the words have fewer tokens than that.
@@ -105,5 +137,10 @@ def overwriting_context(clip, classnames, n_ctx: int, init: str) -> Context:
     expect(n_ctx >= 1, "n_ctx", n_ctx, "at least 1")
     words = init if n_ctx <= 4 else ""
     tokens = len(clip.encode(words.replace("_", " ")))
-    expect(not words or n_ctx <= tokens, "n_ctx", n_ctx, f"at most the {tokens} tokens of init={init!r}")
+    expect(
+        not words or n_ctx <= tokens,
+        "n_ctx",
+        n_ctx,
+        f"at most the {tokens} tokens of init={init!r}",
+    )
     return Context(clip, classnames, n_ctx, words=words or None)

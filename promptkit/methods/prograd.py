@@ -2,8 +2,8 @@
 
 Prompt-aligned Gradient for Prompt Tuning; Zhu et al., ICCV 2023; arXiv 2205.14865.
 
-Deviations: the teacher's logits come from the image features that the student reads, where the published code
-runs a second CLIP; gradients and their products are float32.
+Deviations: the teacher's logits come from the image features that the student reads,
+where the published code runs a second CLIP; gradients and their products are float32.
 """
 
 from dataclasses import replace
@@ -19,8 +19,11 @@ from promptkit.method import expect, register
 from promptkit.methods.coop import CoOp
 from promptkit.prompts import Context
 
-# The class name comes last, so that the words before it can start the context: the paper's, and the mini world's.
-TEMPLATES = {name: entry.variants.get("prograd", entry.template) for name, entry in TABLE.items()} | {
+# The class name comes last, so that the words before it can start the context: the
+# paper's, and the mini world's.
+TEMPLATES = {
+    name: entry.variants.get("prograd", entry.template) for name, entry in TABLE.items()
+} | {
     "pets": "a type of pet, a photo of a {}.",
     "cars": "a type of car, a photo of a {}.",
     "flowers": "a type of flower, a photo of a {}.",
@@ -36,8 +39,8 @@ TEMPLATES = {name: entry.variants.get("prograd", entry.template) for name, entry
 class ProGrad(CoOp):
     r"""CoOp whose gradient loses the part that contradicts zero-shot CLIP.
 
-    With the gradients of the cross-entropy (domain direction) and of the divergence from zero-shot CLIP's
-    predictions (general direction),
+    With the gradients of the cross-entropy (domain direction) and of the divergence
+    from zero-shot CLIP's predictions (general direction),
 
     .. math:: g_d = \nabla L_{ce}, \quad g_g = \nabla L_{kl}, \quad
        L_{kl} = -T^2\,\frac1B \sum_{i,c} p_c^{zs}(x_i) \log p_c(x_i),
@@ -47,21 +50,23 @@ class ProGrad(CoOp):
     .. math:: g = g_d - \lambda \min\bigl(0, \langle g_d, \hat g_g \rangle\bigr)\,\hat g_g,
        \qquad \hat g_g = g_g / |g_g|,
 
-    for each parameter tensor. The divergence itself is never minimised. Inference is CoOp's.
+    for each parameter tensor. The divergence itself is never minimised. Inference is
+    CoOp's.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        lam: how much of a conflicting component is removed: 1 all of it, 0 none, which is CoOp.
+        lam: how much of a conflicting component is removed: 1 all of it, 0 none, which
+            is CoOp.
         temperature: T, of both softmaxes in the divergence.
         template: the teacher's prompt, with "{}" for the class name.
-        words: start the last vectors of the context from the words of the template, and the others from zero;
-            False: normal, std 0.02.
+        words: start the last vectors of the context from the words of the template, and
+            the others from zero; False: normal, std 0.02.
         n_ctx, position, class_specific: the context, as in CoOp.
 
     Raises:
-        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
-            tower.
+        InputError: a hyperparameter or a class name does not fit, or the whole is too
+            long for the text tower.
     """
 
     name = "prograd"
@@ -92,20 +97,40 @@ class ProGrad(CoOp):
         position: Literal["end", "front"] = "end",
         class_specific: bool = False,
     ):
-        super().__init__(clip, classnames, n_ctx=n_ctx, position=position, class_specific=class_specific and not words)
+        super().__init__(
+            clip,
+            classnames,
+            n_ctx=n_ctx,
+            position=position,
+            class_specific=class_specific and not words,
+        )
         expect(0 <= lam <= 1, "lam", lam, "from 0 to 1")
         expect(temperature > 0, "temperature", temperature, "above 0")
-        expect("{}" in template, "template", template, "a sentence with {} for the class name")
+        expect(
+            "{}" in template,
+            "template",
+            template,
+            "a sentence with {} for the class name",
+        )
         self.lam, self.temperature, self.template = lam, temperature, template
         before = template.partition("{}")[0].strip()
         if words and before:
             fits = len(before.split()) <= n_ctx
-            expect(fits, "n_ctx", n_ctx, f"at least the {len(before.split())} words of {before!r}")
-            self.context = Context(clip, self.classnames, n_ctx, words=before, position=position)
+            expect(
+                fits,
+                "n_ctx",
+                n_ctx,
+                f"at least the {len(before.split())} words of {before!r}",
+            )
+            self.context = Context(
+                clip, self.classnames, n_ctx, words=before, position=position
+            )
 
     @cached_property
     def teacher(self):
-        """Class features (C, E) of the hand-written prompts, computed when training first asks."""
+        """Class features (C, E) of the hand-written prompts, computed when training
+        first asks.
+        """
         return zero_shot_features(self.clip, self.classnames, self.template)
 
     def losses(self, image, text, labels):
@@ -113,25 +138,37 @@ class ProGrad(CoOp):
         T, logits = self.temperature, self.score(image, text)  # (B, C)
         with torch.no_grad():
             target = (self.score(image, self.teacher) / T).softmax(dim=-1)
-        return F.cross_entropy(logits, labels), T**2 * F.cross_entropy(logits / T, target)
+        return F.cross_entropy(logits, labels), T**2 * F.cross_entropy(
+            logits / T, target
+        )
 
     def gradients(self, batch):
-        """Cross-entropy, (), and for each parameter tensor g_d and g_g: two backward passes of one forward."""
+        """Cross-entropy, (), and for each parameter tensor g_d and g_g: two backward
+        passes of one forward.
+        """
         image, text = self.features(batch)
-        leaf = text.detach().requires_grad_()  # what both losses share above it costs nothing twice
+        leaf = (
+            text.detach().requires_grad_()
+        )  # what both losses share above it costs nothing twice
         losses = self.losses(image, leaf, batch.labels)
         parameters = [p for p in self.parameters() if p.requires_grad]
         gradients = []
         for loss in losses:
             (by_text,) = torch.autograd.grad(loss, leaf, retain_graph=True)  # (C, E)
-            gradients.append(torch.autograd.grad(text, parameters, by_text, retain_graph=not gradients))
+            gradients.append(
+                torch.autograd.grad(
+                    text, parameters, by_text, retain_graph=not gradients
+                )
+            )
         return losses[0].detach(), *gradients
 
     def backward(self, batch):
         loss, domain, general = self.gradients(batch)
         learned = [p for p in self.parameters() if p.requires_grad]
         for p, g_d, g_g in zip(learned, domain, general, strict=True):
-            direction = F.normalize(g_g.flatten(), dim=0)  # zero where student and teacher agree
+            direction = F.normalize(
+                g_g.flatten(), dim=0
+            )  # zero where student and teacher agree
             against = (g_d.flatten() @ direction).clamp(max=0)
             p.grad = g_d - self.lam * against * direction.view_as(g_d)
         return loss
@@ -143,11 +180,17 @@ class ProGrad(CoOp):
 
     @classmethod
     def recipe(cls, setting, host=None):
-        """The paper's: less is removed with many shots of data that CLIP knows little of."""
+        """The paper's: less is removed with many shots of data that CLIP knows little
+        of.
+        """
         hparams = {"template": TEMPLATES.get(setting.dataset, "a photo of a {}.")}
         far = setting.dataset in ("oxford_flowers", "dtd", "eurosat")
         if setting.protocol == "few-shot" and setting.shots >= 8 and far:
             hparams["lam"] = 0.8
         recipe = super().recipe(setting)
-        epochs = min(recipe.epochs, 100) if setting.protocol == "base-to-new" else recipe.epochs
+        epochs = (
+            min(recipe.epochs, 100)
+            if setting.protocol == "base-to-new"
+            else recipe.epochs
+        )
         return replace(recipe, hparams=hparams, epochs=epochs)

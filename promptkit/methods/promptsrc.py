@@ -1,11 +1,12 @@
 """PromptSRC: deep prompts that regulate themselves against the frozen CLIP.
 
-Self-regulating Prompts: Foundational Model Adaptation without Forgetting; Khattak et al., ICCV 2023; arXiv
-2307.06948.
+Self-regulating Prompts: Foundational Model Adaptation without Forgetting; Khattak et
+al., ICCV 2023; arXiv 2307.06948.
 
-Deviations: the epoch average covers the learned prompts alone (the published code averages the frozen weights
-too, to themselves), and its mean and width are given as fractions of the training. As in that code, and not as
-in the paper's formulas, the feature terms are means over all entries.
+Deviations: the epoch average covers the learned prompts alone (the published code
+averages the frozen weights too, to themselves), and its mean and width are given as
+fractions of the training. As in that code, and not as in the paper's formulas, the
+feature terms are means over all entries.
 """
 
 from dataclasses import replace
@@ -41,28 +42,32 @@ TEMPLATES = [
 
 @register
 class PromptSRC(IVLP):
-    r"""IVLP, held near the frozen CLIP in features and predictions, its prompts averaged over the epochs.
+    r"""IVLP, held near the frozen CLIP in features and predictions, its prompts
+    averaged over the epochs.
 
-    With normalised prompted features w, f and logits z, and those of the frozen CLIP w', f', z' (w' the mean over
-    60 templates),
+    With normalised prompted features w, f and logits z, and those of the frozen CLIP
+    w', f', z' (w' the mean over 60 templates),
 
     .. math:: L = L_{ce}(z) + \lambda_t\,\overline{|w - w'|} + \lambda_i\,\overline{|f - f'|}
        + \frac{\lambda_z}{BC} \sum_{b,c} q'_{bc} (\log q'_{bc} - \log q_{bc}), \qquad q = \mathrm{softmax}(z)
 
-    The final prompts are the average over epochs e = 1 .. E, weighted by a Gaussian in e.
+    The final prompts are the average over epochs e = 1 .. E, weighted by a Gaussian in
+    e.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
         text_weight, image_weight, logit_weight: of the three terms.
-        templates: of the frozen text features. None: the 60, or those of the mini world's tasks.
+        templates: of the frozen text features. None: the 60, or those of the mini
+            world's tasks.
         averaging: "gaussian", "uniform", or "last" for the last epoch alone.
-        gpa_mean, gpa_std: mean and width of the Gaussian, in fractions of the epochs: 15 and 1 of 20.
+        gpa_mean, gpa_std: mean and width of the Gaussian, in fractions of the epochs:
+            15 and 1 of 20.
         n_ctx, n_ctx_vision, depth, depth_vision, init: the prompts, as in IVLP.
 
     Raises:
-        InputError: a hyperparameter or a class name does not fit, or the whole is too long for the text
-            tower.
+        InputError: a hyperparameter or a class name does not fit, or the whole is too
+            long for the text tower.
     """
 
     name = "promptsrc"
@@ -77,7 +82,10 @@ class PromptSRC(IVLP):
         "gpa_std": "gpa_std",
         "max_epoch": None,
     }
-    official_dropped = (*IVLP.official_dropped, "ZS_image_encoder")  # a second copy of the frozen tower
+    official_dropped = (
+        *IVLP.official_dropped,
+        "ZS_image_encoder",
+    )  # a second copy of the frozen tower
 
     def __init__(
         self,
@@ -97,42 +105,78 @@ class PromptSRC(IVLP):
         depth_vision: int | None = None,
         init: str = "a photo of a",
     ):
-        prompts = {"n_ctx": n_ctx, "n_ctx_vision": n_ctx_vision, "depth": depth, "depth_vision": depth_vision}
+        prompts = {
+            "n_ctx": n_ctx,
+            "n_ctx_vision": n_ctx_vision,
+            "depth": depth,
+            "depth_vision": depth_vision,
+        }
         super().__init__(clip, classnames, **prompts, init=init)
-        weights = {"text_weight": text_weight, "image_weight": image_weight, "logit_weight": logit_weight}
+        weights = {
+            "text_weight": text_weight,
+            "image_weight": image_weight,
+            "logit_weight": logit_weight,
+        }
         for name, weight in weights.items():
             expect(weight >= 0, name, weight, "at least 0")
         expect(gpa_std > 0, "gpa_std", gpa_std, "above 0")
-        self.given, templates = templates is not None, TEMPLATES if templates is None else templates
+        self.given, templates = (
+            templates is not None,
+            TEMPLATES if templates is None else templates,
+        )
         fine = len(templates) > 0 and all("{}" in template for template in templates)
-        expect(fine, "templates", templates, "one sentence or more, each with {} in place of the class name")
+        expect(
+            fine,
+            "templates",
+            templates,
+            "one sentence or more, each with {} in place of the class name",
+        )
         self.weights, self.templates = tuple(weights.values()), list(templates)
         self.averaging, self.gpa_mean, self.gpa_std = averaging, gpa_mean, gpa_std
 
     def aim(self, dataset):
-        """Take over the classes; in the mini world, whose CLIP never read the 60 templates, its templates too."""
+        """Take over the classes; in the mini world, whose CLIP never read the 60
+        templates, its templates too.
+        """
         if not self.given and dataset.name in MINI_TASKS:
             self.templates = self.hparams["templates"] = list(dataset.templates)
         super().aim(dataset)
 
     @cached_property
     def anchor(self):
-        """w', (C, E), normalised: the mean of the templates' raw features, computed when training first asks."""
-        texts = [template.replace("{}", name) for template in self.templates for name in self.classnames]
-        features = self.clip.encode_text(texts).view(len(self.templates), len(self.classnames), -1)  # (K, C, E)
+        """w', (C, E), normalised: the mean of the templates' raw features, computed
+        when training first asks.
+        """
+        texts = [
+            template.replace("{}", name)
+            for template in self.templates
+            for name in self.classnames
+        ]
+        features = self.clip.encode_text(texts).view(
+            len(self.templates), len(self.classnames), -1
+        )  # (K, C, E)
         return F.normalize(features.mean(0), dim=-1)
 
     def terms(self, batch, image, text):
-        """The three weighted regularisers, each (), of prompted features (B, E) and (C, E)."""
+        """The three weighted regularisers, each (), of prompted features (B, E) and (C,
+        E).
+        """
         with torch.no_grad():
-            frozen = self.clip.encode_image(batch.images) if batch.features is None else batch.features  # (B, E)
+            frozen = (
+                self.clip.encode_image(batch.images)
+                if batch.features is None
+                else batch.features
+            )  # (B, E)
             target = self.score(frozen, self.anchor).log_softmax(dim=-1)  # (B, C)
         by_text, by_image, by_logits = self.weights
         logits = self.score(image, text).log_softmax(dim=-1)
         return (
             by_text * (F.normalize(text, dim=-1) - self.anchor).abs().mean(),
-            by_image * (F.normalize(image, dim=-1) - F.normalize(frozen, dim=-1)).abs().mean(),
-            by_logits * F.kl_div(logits, target, reduction="sum", log_target=True) / logits.numel(),
+            by_image
+            * (F.normalize(image, dim=-1) - F.normalize(frozen, dim=-1)).abs().mean(),
+            by_logits
+            * F.kl_div(logits, target, reduction="sum", log_target=True)
+            / logits.numel(),
         )
 
     def regularizer(self, batch, image, text):
@@ -145,10 +189,14 @@ class PromptSRC(IVLP):
         if self.averaging == "uniform":
             return torch.full((epochs,), 1 / epochs, dtype=torch.float64)
         e = torch.arange(1, epochs + 1, dtype=torch.float64)
-        return (-((e - self.gpa_mean * epochs) ** 2) / (2 * (self.gpa_std * epochs) ** 2)).softmax(dim=0)
+        return (
+            -((e - self.gpa_mean * epochs) ** 2) / (2 * (self.gpa_std * epochs) ** 2)
+        ).softmax(dim=0)
 
     def end_epoch(self, epoch, recipe):
-        """Add this epoch's prompts to the average; after the last epoch the average takes their place."""
+        """Add this epoch's prompts to the average; after the last epoch the average
+        takes their place.
+        """
         weight = self.epoch_weights(recipe.epochs)[epoch].item()
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -159,13 +207,23 @@ class PromptSRC(IVLP):
 
     @classmethod
     def official_hparams(cls, hyperparameters):
-        """As for any method; the average's mean and width become fractions, a plain loss has no regularisers."""
-        ours, epochs = super().official_hparams(hyperparameters), hyperparameters.get("max_epoch", 20)
+        """As for any method; the average's mean and width become fractions, a plain
+        loss has no regularisers.
+        """
+        ours, epochs = (
+            super().official_hparams(hyperparameters),
+            hyperparameters.get("max_epoch", 20),
+        )
         for name in ("gpa_mean", "gpa_std"):
             if name in ours:
                 ours[name] = ours[name] / epochs
         if "loss" in hyperparameters:  # IVLP
-            ours |= {"text_weight": 0.0, "image_weight": 0.0, "logit_weight": 0.0, "averaging": "last"}
+            ours |= {
+                "text_weight": 0.0,
+                "image_weight": 0.0,
+                "logit_weight": 0.0,
+                "averaging": "last",
+            }
         return ours
 
     @classmethod
@@ -175,8 +233,19 @@ class PromptSRC(IVLP):
         if setting.protocol in ("cross-dataset", "domain-generalization"):
             average = (6 / 20, 10 / 20)
         elif setting.protocol == "few-shot":
-            broad = ("imagenet", "caltech101", "oxford_pets", "food101", "ucf101", "sun397")
-            average = (30 / 50, 30 / 50) if setting.dataset in broad else (45 / 50, 5 / 50)
+            broad = (
+                "imagenet",
+                "caltech101",
+                "oxford_pets",
+                "food101",
+                "ucf101",
+                "sun397",
+            )
+            average = (
+                (30 / 50, 30 / 50) if setting.dataset in broad else (45 / 50, 5 / 50)
+            )
         else:
             average = (15 / 20, 1 / 20)
-        return replace(base, hparams=base.hparams | {"gpa_mean": average[0], "gpa_std": average[1]})
+        return replace(
+            base, hparams=base.hparams | {"gpa_mean": average[0], "gpa_std": average[1]}
+        )

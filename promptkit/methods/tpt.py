@@ -1,14 +1,15 @@
 """TPT: tune the prompt for one test image, without labels.
 
-Test-Time Prompt Tuning for Zero-Shot Generalization in Vision-Language Models; Shu et al., NeurIPS 2022; arXiv
-2209.07511.
+Test-Time Prompt Tuning for Zero-Shot Generalization in Vision-Language Models; Shu et
+al., NeurIPS 2022; arXiv 2209.07511.
 
-Alone it starts from "a photo of a"; over a host, ``tpt(coop)`` or ``tpt(cocoop)``, from the context that the host
-has learned.
+Alone it starts from "a photo of a"; over a host, ``tpt(coop)`` or ``tpt(cocoop)``, from
+the context that the host has learned.
 
-Deviations: the 64 views are encoded once, where the published code encodes them at every step; several images are
-adapted together, each with its own context and optimizer state. As in that code, CoCoOp's Meta-Net reads the image
-feature without normalisation here.
+Deviations: the 64 views are encoded once, where the published code encodes them at
+every step; several images are adapted together, each with its own context and optimizer
+state. As in that code, CoCoOp's Meta-Net reads the image feature without normalisation
+here.
 """
 
 import math
@@ -44,10 +45,11 @@ class Adapted:
 
 @register
 class TPT(Plugin):
-    r"""For each image, one step on the context that makes the mean prediction of its confident views confident.
+    r"""For each image, one step on the context that makes the mean prediction of its
+    confident views confident.
 
-    Of V views, the image itself and random crops of it, the share rho with the lowest entropy is kept; the context v
-    moves against the entropy of their mean prediction,
+    Of V views, the image itself and random crops of it, the share rho with the lowest
+    entropy is kept; the context v moves against the entropy of their mean prediction,
 
     .. math:: \bar p_c = \frac1k \sum_{i \in S} p(y = c \mid x_i, v), \qquad L(v) = -\sum_c \bar p_c \log \bar p_c,
 
@@ -56,13 +58,15 @@ class TPT(Plugin):
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        host: where the context comes from: CoOp, a method that extends it, or CoCoOp. None: "a photo of a".
+        host: where the context comes from: CoOp, a method that extends it, or CoCoOp.
+            None: "a photo of a".
         views: V, the image itself included.
         selection: rho, the share of views that is kept; at least one is.
         steps: of AdamW; the views are selected before the first.
         step_size, decay: learning rate and weight decay of AdamW.
-        augmix: whether views are mixed with distorted ones. None: on every dataset but ImageNet and its shifts (in
-            the mini world: the main set and its shifts), where they are crops and flips.
+        augmix: whether views are mixed with distorted ones. None: on every dataset but
+            ImageNet and its shifts (in the mini world: the main set and its shifts),
+            where they are crops and flips.
 
     Raises:
         InputError: a hyperparameter does not fit, or the host has no context to tune.
@@ -75,7 +79,11 @@ class TPT(Plugin):
     kind = "test-time"
     hosts = ("coop", "cocoop")
     default_host = ("coop", {"init": "a photo of a"})
-    official_hyperparameters = {"selection_p": "selection", "tta_steps": "steps", "n_views": "views"}
+    official_hyperparameters = {
+        "selection_p": "selection",
+        "tta_steps": "steps",
+        "n_views": "views",
+    }
 
     def __init__(
         self,
@@ -91,7 +99,10 @@ class TPT(Plugin):
         augmix: bool | None = None,
     ):
         if not isinstance(host, CoOp | CoCoOp):
-            raise InputError(f"TPT tunes a context: its host must be CoOp, CoCoOp or KgCoOp, say, not {host.spec}")
+            raise InputError(
+                "TPT tunes a context: its host must be CoOp, CoCoOp or KgCoOp, say,"
+                f" not {host.spec}"
+            )
         super().__init__(clip, classnames, host=host)
         expect(views >= 1, "views", views, "at least 1")
         expect(0 < selection <= 1, "selection", selection, "above 0 and at most 1")
@@ -109,7 +120,11 @@ class TPT(Plugin):
 
     def aim(self, dataset):
         super().aim(dataset)
-        plain = dataset.name.partition("-")[0].partition("_")[0] in ("mini", "imagenet", "imagenetv2")
+        plain = dataset.name.partition("-")[0].partition("_")[0] in (
+            "mini",
+            "imagenet",
+            "imagenetv2",
+        )
         self.mixes = not plain if self.augmix is None else self.augmix
 
     def backward(self, batch):
@@ -125,11 +140,21 @@ class TPT(Plugin):
             images: B tensors (3, H, W) uint8.
             generator: of all that is random.
         """
-        size, seed = self.clip.image_size, int(torch.randint(2**31, (), generator=generator))
+        size, seed = (
+            self.clip.image_size,
+            int(torch.randint(2**31, (), generator=generator)),
+        )
         rng = np.random.RandomState(seed)
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from torch's own generator
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # torchvision's transforms draw from torch's own generator
             torch.manual_seed(seed)
-            stacks = [image_views(v2.functional.to_pil_image(x), self.n_views, size, self.mixes, rng) for x in images]
+            stacks = [
+                image_views(
+                    v2.functional.to_pil_image(x), self.n_views, size, self.mixes, rng
+                )
+                for x in images
+            ]
         return self.clip.normalize(torch.stack(stacks))
 
     def forward(self, batch):
@@ -137,30 +162,47 @@ class TPT(Plugin):
             return self.host(batch)
         views = batch.views
         if views is None:  # images came without their pixels
-            pixels = (self.clip.denormalize(batch.images.cpu()).clamp(0, 1) * 255).round().byte()
-            views = torch.cat([self.views(x[None], torch.Generator().manual_seed(0)) for x in pixels])
-        features = self.clip.encode_image(views.flatten(0, 1).to(self.clip.device))  # (B * V, E)
+            pixels = (
+                (self.clip.denormalize(batch.images.cpu()).clamp(0, 1) * 255)
+                .round()
+                .byte()
+            )
+            views = torch.cat(
+                [self.views(x[None], torch.Generator().manual_seed(0)) for x in pixels]
+            )
+        features = self.clip.encode_image(
+            views.flatten(0, 1).to(self.clip.device)
+        )  # (B * V, E)
         return self.adapt(features.unflatten(0, views.shape[:2])).logits
 
     def start(self, image):
         """The context (B, 1 or C, M, D) that images with features (B, E) start from."""
         vectors = self.host.context.vectors.detach()  # (M, D) or (C, M, D)
         if isinstance(self.host, CoCoOp):
-            return vectors + self.host.meta_net(image)[:, None, None].detach()  # (B, 1, M, D)
+            return (
+                vectors + self.host.meta_net(image)[:, None, None].detach()
+            )  # (B, 1, M, D)
         vectors = vectors if vectors.dim() == 3 else vectors[None]
         return vectors.expand(len(image), -1, -1, -1).clone()
 
     @torch.enable_grad()
     def adapt(self, image) -> Adapted:
-        """Tune the context for each of B images, given the features of their views, (B, V, E)."""
+        """Tune the context for each of B images, given the features of their views, (B,
+        V, E).
+        """
         start = self.start(image[:, 0])
         vectors = start.clone().requires_grad_()
-        # One optimizer over all contexts does to each what its own would: AdamW works number by number.
-        optimizer = torch.optim.AdamW([vectors], lr=self.step_size, weight_decay=self.decay)
+        # One optimizer over all contexts does to each what its own would: AdamW works
+        # number by number.
+        optimizer = torch.optim.AdamW(
+            [vectors], lr=self.step_size, weight_decay=self.decay
+        )
         image = F.normalize(image.detach(), dim=-1)
 
         def logits_of(image):  # (B, v, E) -> (B, v, C)
-            text = F.normalize(self.clip.text(self.host.context.prompt(vectors)), dim=-1)  # (B, C, E)
+            text = F.normalize(
+                self.clip.text(self.host.context.prompt(vectors)), dim=-1
+            )  # (B, C, E)
             return self.clip.logit_scale * image @ text.transpose(1, 2)
 
         def chosen(x):  # (B, V, ...) -> (B, k, ...)
@@ -168,10 +210,14 @@ class TPT(Plugin):
 
         every = logits_of(image)
         entropy = entropy_of(every.detach().log_softmax(dim=-1))  # (B, V)
-        selected = entropy.argsort(dim=-1)[:, : max(int(image.shape[1] * self.selection), 1)]  # (B, k)
+        selected = entropy.argsort(dim=-1)[
+            :, : max(int(image.shape[1] * self.selection), 1)
+        ]  # (B, k)
         losses, gradient = [], torch.zeros_like(start)
         for step in range(self.steps):
-            loss = marginal_entropy(logits_of(chosen(image)) if step else chosen(every))  # (B,)
+            loss = marginal_entropy(
+                logits_of(chosen(image)) if step else chosen(every)
+            )  # (B,)
             (vectors.grad,) = torch.autograd.grad(loss.sum(), vectors)
             gradient = gradient if step else vectors.grad
             losses.append(loss.detach())
@@ -179,18 +225,40 @@ class TPT(Plugin):
         with torch.no_grad():
             final = logits_of(image[:, :1]).squeeze(1)
         losses = torch.stack(losses) if losses else entropy.new_zeros(0, len(entropy))
-        return Adapted(final, every.detach(), entropy, selected, losses, start, vectors.detach(), gradient)
+        return Adapted(
+            final,
+            every.detach(),
+            entropy,
+            selected,
+            losses,
+            start,
+            vectors.detach(),
+            gradient,
+        )
 
     def load_official(self, state):
-        """The host's checkpoint; this method's code calls CoCoOp's learner "prompt_generator"."""
+        """The host's checkpoint; this method's code calls CoCoOp's learner
+        "prompt_generator".
+        """
         state = state.get("state_dict", state)
-        super().load_official({key.replace("prompt_generator.", "prompt_learner."): v for key, v in state.items()})
+        super().load_official(
+            {
+                key.replace("prompt_generator.", "prompt_learner."): v
+                for key, v in state.items()
+            }
+        )
 
     @classmethod
     def from_official(cls, clip, classnames, hyperparameters, *, host="", **objects):
-        """As for any method; without a host the phrase "ctx_init" starts the context."""
+        """As for any method; without a host the phrase "ctx_init" starts the
+        context.
+        """
         if host == "cocoop":
-            extended = CoCoOp(clip, classnames, init=hyperparameters.get("prompt_prefix") or "a photo of a")
+            extended = CoCoOp(
+                clip,
+                classnames,
+                init=hyperparameters.get("prompt_prefix") or "a photo of a",
+            )
         else:
             extended = CoOp(
                 clip,
@@ -199,17 +267,29 @@ class TPT(Plugin):
                 init=(hyperparameters.get("ctx_init") or "").replace("_", " "),
                 position=hyperparameters.get("class_token_position", "end"),
             )
-        return cls(clip, classnames, host=extended, **cls.official_hparams(hyperparameters), **objects)
+        return cls(
+            clip,
+            classnames,
+            host=extended,
+            **cls.official_hparams(hyperparameters),
+            **objects,
+        )
 
     @classmethod
     def recipe(cls, setting, host=None):
         """Nothing is trained; over a host, the host is."""
-        return Recipe(epochs=0, augment=False) if host is None else super().recipe(setting, host)
+        return (
+            Recipe(epochs=0, augment=False)
+            if host is None
+            else super().recipe(setting, host)
+        )
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
     """Entropy (B,), in nats, of the mean prediction of k views: logits (B, k, C)."""
-    return entropy_of(logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1]))
+    return entropy_of(
+        logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])
+    )
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
@@ -217,15 +297,21 @@ def entropy_of(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-# --- views --------------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------
 
 
-def image_views(image: Image.Image, n: int, size: int, mixes: bool, rng: np.random.RandomState) -> Tensor:
-    """Views of one image, (n, 3, size, size) with values around 0..1: the centre crop, then random ones.
+def image_views(
+    image: Image.Image, n: int, size: int, mixes: bool, rng: np.random.RandomState
+) -> Tensor:
+    """Views of one image, (n, 3, size, size) with values around 0..1: the centre crop,
+    then random ones.
 
-    Crops and flips draw from torch's global generator, all else from ``rng``, in the order of the published code.
+    Crops and flips draw from torch's global generator, all else from ``rng``, in the
+    order of the published code.
     """
-    whole = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    whole = v2.Compose(
+        [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+    )
     crop = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
     views = [_tensor(whole(image))]
     for _ in range(n - 1):
@@ -235,7 +321,9 @@ def image_views(image: Image.Image, n: int, size: int, mixes: bool, rng: np.rand
 
 
 def augmix(image: Image.Image, rng: np.random.RandomState, severity: int = 1) -> Tensor:
-    """An image mixed with three chains of one to three operations each, (3, S, S) (Hendrycks et al. 2020)."""
+    """An image mixed with three chains of one to three operations each, (3, S, S)
+    (Hendrycks et al. 2020).
+    """
     weights, share = rng.dirichlet([1.0] * 3), rng.beta(1.0, 1.0)
     mixed = torch.zeros_like(plain := _tensor(image))
     for weight in weights:
@@ -259,17 +347,29 @@ def _signed(amount: float, rng) -> float:
 
 
 def _warp(image: Image.Image, *matrix: float) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
+    )
 
 
 OPERATIONS = {  # (image, severity, rng) -> image
     "autocontrast": lambda x, n, rng: ImageOps.autocontrast(x),
     "equalize": lambda x, n, rng: ImageOps.equalize(x),
     "posterize": lambda x, n, rng: ImageOps.posterize(x, 4 - int(_amount(4, n, rng))),
-    "rotate": lambda x, n, rng: x.rotate(_signed(int(_amount(30, n, rng)), rng), resample=Image.Resampling.BILINEAR),
+    "rotate": lambda x, n, rng: x.rotate(
+        _signed(int(_amount(30, n, rng)), rng), resample=Image.Resampling.BILINEAR
+    ),
     "solarize": lambda x, n, rng: ImageOps.solarize(x, 256 - int(_amount(256, n, rng))),
-    "shear_x": lambda x, n, rng: _warp(x, 1, _signed(_amount(0.3, n, rng), rng), 0, 0, 1, 0),
-    "shear_y": lambda x, n, rng: _warp(x, 1, 0, 0, _signed(_amount(0.3, n, rng), rng), 1, 0),
-    "translate_x": lambda x, n, rng: _warp(x, 1, 0, _signed(int(_amount(x.width / 3, n, rng)), rng), 0, 1, 0),
-    "translate_y": lambda x, n, rng: _warp(x, 1, 0, 0, 0, 1, _signed(int(_amount(x.height / 3, n, rng)), rng)),
+    "shear_x": lambda x, n, rng: _warp(
+        x, 1, _signed(_amount(0.3, n, rng), rng), 0, 0, 1, 0
+    ),
+    "shear_y": lambda x, n, rng: _warp(
+        x, 1, 0, 0, _signed(_amount(0.3, n, rng), rng), 1, 0
+    ),
+    "translate_x": lambda x, n, rng: _warp(
+        x, 1, 0, _signed(int(_amount(x.width / 3, n, rng)), rng), 0, 1, 0
+    ),
+    "translate_y": lambda x, n, rng: _warp(
+        x, 1, 0, 0, 0, 1, _signed(int(_amount(x.height / 3, n, rng)), rng)
+    ),
 }

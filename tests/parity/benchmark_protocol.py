@@ -20,11 +20,15 @@ from promptkit.train import Recipe, learning_rate
 
 
 def check_benchmark(clip, fixture, arrays):
-    """Learning rates by epoch, seeded draws and their halves, the cut for validation, and whole runs of loaders."""
+    """Learning rates by epoch, seeded draws and their halves, the cut for validation,
+    and whole runs of loaders.
+    """
     for schedule in fixture.get("schedule", ()):
         rates = schedule.pop("lr_of_epoch")
         recipe = Recipe(**schedule)
-        assert [learning_rate(recipe, epoch) for epoch in range(len(rates))] == pytest.approx(rates, rel=1e-12)
+        assert [
+            learning_rate(recipe, epoch) for epoch in range(len(rates))
+        ] == pytest.approx(rates, rel=1e-12)
     if "fewshot" in fixture:
         check_draws(fixture["fewshot"])
     if "split_trainval" in fixture:
@@ -32,15 +36,27 @@ def check_benchmark(clip, fixture, arrays):
         items = fixture["fewshot"]["train"]
         for item in items:
             counts[item[1]] = counts.get(item[1], 0) + 1
-        parts = cut_two([i for i in items if counts[i[1]] >= 3], random.Random(cut["seed"]), cut["p_val"])
-        assert [[item[0] for item in part] for part in parts] == [cut["train"], cut["val"]]
+        parts = cut_two(
+            [i for i in items if counts[i[1]] >= 3],
+            random.Random(cut["seed"]),
+            cut["p_val"],
+        )
+        assert [[item[0] for item in part] for part in parts] == [
+            cut["train"],
+            cut["val"],
+        ]
     for name, run in fixture.get("loaders", {}).items():
-        with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ, PROMPTKIT_CACHE=f"{root}/cache"):
+        with (
+            tempfile.TemporaryDirectory() as root,
+            mock.patch.dict(os.environ, PROMPTKIT_CACHE=f"{root}/cache"),
+        ):
             check_loader(name, run, Path(root))
 
 
 def check_draws(fewshot):
-    """The images drawn for training and validation, and what of them is of base and of new classes."""
+    """The images drawn for training and validation, and what of them is of base and of
+    new classes.
+    """
 
     def split(part):
         labels = torch.tensor([label for _, label, _ in fewshot[part]])
@@ -50,12 +66,19 @@ def check_draws(fewshot):
         drawn = getattr(dataset, part)
         labels = drawn.labels.tolist()
         rows = [fewshot[part][row] for row in drawn.rows.tolist()]
-        assert [dataset.classnames[label] for label in labels] == [name for _, _, name in rows]
-        return [[path, label, name] for (path, _, name), label in zip(rows, labels, strict=True)]
+        assert [dataset.classnames[label] for label in labels] == [
+            name for _, _, name in rows
+        ]
+        return [
+            [path, label, name]
+            for (path, _, name), label in zip(rows, labels, strict=True)
+        ]
 
     names = dict(sorted({label: name for _, label, name in fewshot["train"]}.items()))
     train, val = split("train"), split("val")
-    everything = Dataset("x", "x", list(names.values()), "{}", train, val, train.take([]))
+    everything = Dataset(
+        "x", "x", list(names.values()), "{}", train, val, train.take([])
+    )
     for run in fewshot["runs"]:
         drawn = few_shot(everything, run["shots"], run["seed"])
         halves = dict(zip(("base", "new"), base_new(drawn), strict=True))
@@ -66,7 +89,9 @@ def check_draws(fewshot):
 
 
 def check_loader(name, run, root):
-    """A loader's lists from a tree of files: seeded, divided if need be, drawn, restricted to a half."""
+    """A loader's lists from a tree of files: seeded, divided if need be, drawn,
+    restricted to a half.
+    """
     loader = name.partition(" ")[0]
     key = next(key for key, entry in TABLE.items() if entry.loader == loader)
     assert TABLE[key].folder == run["folder"]
@@ -80,20 +105,30 @@ def check_loader(name, run, root):
         dataset = draw(dataset, run["shots"], generator)
     if run["subsample"] != "all":
         dataset = base_new(dataset)[run["subsample"] == "new"]
-    assert dataset.classnames == run["classnames"] and len(dataset.classnames) == run["num_classes"]
+    assert (
+        dataset.classnames == run["classnames"]
+        and len(dataset.classnames) == run["num_classes"]
+    )
     for part in PARTS:
         split = getattr(dataset, part)
         rows, labels = split.rows.tolist(), split.labels.tolist()
         paths = split.source().paths
-        items = [[paths[row], y, dataset.classnames[y]] for row, y in zip(rows, labels, strict=True)]
-        if part == "train" and not items:  # of a shifted set, whose official loader hands out its test list again
+        items = [
+            [paths[row], y, dataset.classnames[y]]
+            for row, y in zip(rows, labels, strict=True)
+        ]
+        if (
+            part == "train" and not items
+        ):  # of a shifted set, whose official loader hands out its test list again
             assert run["train"] == run["test"]
         else:
             assert items == run.get(part, items), f"{name}: {part}"
 
 
 def write(path, content):
-    """A file of a fixture: text, JSON, MATLAB arrays, or 0 for an image whose content does not matter."""
+    """A file of a fixture: text, JSON, MATLAB arrays, or 0 for an image whose content
+    does not matter.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".mat":
         scipy.io.savemat(path, {key: matlab(value) for key, value in content.items()})

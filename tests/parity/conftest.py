@@ -8,7 +8,9 @@ from promptkit.clip import FrozenCLIP
 
 
 def seeded_clip(config, salt):
-    """A CLIP of a fixture's shape and seeded weights, with QuickGELU as in the original."""
+    """A CLIP of a fixture's shape and seeded weights, with QuickGELU as in the
+    original.
+    """
     model = open_clip.CLIP(
         embed_dim=config["embed_dim"],
         vision_cfg=open_clip.CLIPVisionCfg(

@@ -1,8 +1,10 @@
-"""Every fixture of a folder against the method of its name: ``pytest tests/parity --fixtures DIR``.
+"""Every fixture of a folder against the method of its name: ``pytest tests/parity
+--fixtures DIR``.
 
-Fixtures of kind "common" go through :func:`check_common`, the same for all methods: what is special about a
-method (how its hyperparameters and parameters are called in its own repository) is asked of the method.
-Fixtures of kind "own" go to the function of their method and part in ``own.py``.
+Fixtures of kind "common" go through :func:`check_common`, the same for all methods:
+what is special about a method (how its hyperparameters and parameters are called in its
+own repository) is asked of the method. Fixtures of kind "own" go to the function of
+their method and part in ``own.py``.
 """
 
 import inspect
@@ -27,11 +29,18 @@ def test_fixture(parity_path, request):
     path = parity_path
     fixture = json.loads(path.read_text())
     if "method" not in fixture:  # of the benchmark's protocol, without arrays
-        return OWN[fixture.get("name", path.stem).partition("-")[0], None](None, fixture, {})
-    arrays = {name: torch.from_numpy(array) for name, array in np.load(path.with_suffix(".npz")).items()}
+        return OWN[fixture.get("name", path.stem).partition("-")[0], None](
+            None, fixture, {}
+        )
+    arrays = {
+        name: torch.from_numpy(array)
+        for name, array in np.load(path.with_suffix(".npz")).items()
+    }
     known = methods()
     for name in (fixture["method"], fixture.get("host")):
-        assert name is None or name in known, f"no registered method {name!r} for {path.name}"
+        assert name is None or name in known, (
+            f"no registered method {name!r} for {path.name}"
+        )
     clip = request.getfixturevalue("parity_clip")
     if fixture["kind"] == "common":
         objects = {"host": fixture["host"]} if "host" in fixture else {}
@@ -39,18 +48,31 @@ def test_fixture(parity_path, request):
             objects["teacher"] = request.getfixturevalue("parity_teacher")
         check_common(known[fixture["method"]], clip, fixture, arrays, objects)
     else:
-        check = OWN.get((fixture["method"], fixture.get("part"))) or OWN.get((fixture["method"], None))
-        assert check, f"own.py has no check for part {fixture.get('part')!r} of {fixture['method']}"
+        check = OWN.get((fixture["method"], fixture.get("part"))) or OWN.get(
+            (fixture["method"], None)
+        )
+        assert check, (
+            f"own.py has no check for part {fixture.get('part')!r} of"
+            f" {fixture['method']}"
+        )
         check(clip, fixture, arrays)
 
 
 def check_common(cls, clip, fixture, arrays, objects):
-    """Features, logits, loss, gradients and the losses of a few steps from the same parameters and images."""
+    """Features, logits, loss, gradients and the losses of a few steps from the same
+    parameters and images.
+    """
     method = make(cls, clip, fixture, arrays, objects)
     described = fixture["images"]
-    images = seeded_images(described["name"], described["batch"], described.get("resolution", 64))
-    labels = torch.tensor(fixture["labels"]) if isinstance(fixture["labels"], list) else None
-    batch = Batch(images=images, labels=labels, generator=torch.Generator().manual_seed(0))
+    images = seeded_images(
+        described["name"], described["batch"], described.get("resolution", 64)
+    )
+    labels = (
+        torch.tensor(fixture["labels"]) if isinstance(fixture["labels"], list) else None
+    )
+    batch = Batch(
+        images=images, labels=labels, generator=torch.Generator().manual_seed(0)
+    )
 
     torch.testing.assert_close(method.logits(batch), arrays["logits"], **CLOSE)
     with torch.no_grad():
@@ -58,7 +80,10 @@ def check_common(cls, clip, fixture, arrays, objects):
         if "image_features" in arrays:
             assert_features(image, arrays["image_features"])
         if "text_features" in arrays:
-            assert_features(method.text_features(image if method.conditional else None), arrays["text_features"])
+            assert_features(
+                method.text_features(image if method.conditional else None),
+                arrays["text_features"],
+            )
     if "new_classnames" in fixture and "logits_new" in arrays:
         method.set_classes(fixture["new_classnames"])
         torch.testing.assert_close(method.logits(batch), arrays["logits_new"], **CLOSE)
@@ -74,15 +99,26 @@ def check_common(cls, clip, fixture, arrays, objects):
             assert grad is not None, f"{official} got no gradient"
             norm = arrays[f"gradnorm/{official}"].double()
             named = partial("{}: {}".format, official)  # leads the message of a failure
-            torch.testing.assert_close(grad.double().norm(), norm, **RELATIVE, msg=named)
+            torch.testing.assert_close(
+                grad.double().norm(), norm, **RELATIVE, msg=named
+            )
             stored = arrays[f"grad/{official}"]
-            # single values are small differences of large ones: they are held to the scale of the whole
+            # single values are small differences of large ones: they are held to the
+            # scale of the whole
             scale = max(stored.abs().max().item(), norm.item() / grad.numel() ** 0.5)
-            torch.testing.assert_close(grad.flatten()[: len(stored)], stored, rtol=1e-3, atol=1e-3 * scale)
-    missing = {name.partition("/")[2] for name in arrays if name.startswith("gradnorm/")} - set(method.official_names())
+            torch.testing.assert_close(
+                grad.flatten()[: len(stored)], stored, rtol=1e-3, atol=1e-3 * scale
+            )
+    missing = {
+        name.partition("/")[2] for name in arrays if name.startswith("gradnorm/")
+    } - set(method.official_names())
     assert not missing, f"parameters that the method does not have: {sorted(missing)}"
 
-    optimizers = fixture["optimizer"] if "trace" in fixture["optimizer"] else {"trace": fixture["optimizer"]}
+    optimizers = (
+        fixture["optimizer"]
+        if "trace" in fixture["optimizer"]
+        else {"trace": fixture["optimizer"]}
+    )
     for name, described in optimizers.items():
         method = make(cls, clip, fixture, arrays, objects).train()
         trace, optimizer = [], make_optimizer(method, described)
@@ -90,18 +126,30 @@ def check_common(cls, clip, fixture, arrays, objects):
             optimizer.zero_grad()
             trace.append(method.backward(batch))
             optimizer.step()
-        torch.testing.assert_close(torch.stack(trace).double(), arrays[name].double(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            torch.stack(trace).double(), arrays[name].double(), rtol=1e-3, atol=1e-5
+        )
         if name == "trace" and "logits_after" in arrays:
-            torch.testing.assert_close(method.logits(batch), arrays["logits_after"], **CLOSE)
+            torch.testing.assert_close(
+                method.logits(batch), arrays["logits_after"], **CLOSE
+            )
 
     if fixture["method"] in ALSO:
-        ALSO[fixture["method"]](make(cls, clip, fixture, arrays, objects).train(), fixture, arrays, batch)
+        ALSO[fixture["method"]](
+            make(cls, clip, fixture, arrays, objects).train(), fixture, arrays, batch
+        )
 
 
 def make(cls, clip, fixture, arrays, objects):
-    """The method with the fixture's options and parameters; what it must initialise itself is checked."""
-    beside = {key: fixture[key] for key in fixture if key in cls.official_hyperparameters}  # descriptions, ...
-    method = cls.from_official(clip, fixture["classnames"], fixture["hyperparameters"] | beside, **objects)
+    """The method with the fixture's options and parameters; what it must initialise
+    itself is checked.
+    """
+    beside = {
+        key: fixture[key] for key in fixture if key in cls.official_hyperparameters
+    }  # descriptions, ...
+    method = cls.from_official(
+        clip, fixture["classnames"], fixture["hyperparameters"] | beside, **objects
+    )
     names, state, official = method.official_names(), method.state_dict(), {}
     for group in ("parameters", "frozen_parameters", "teacher_parameters"):
         for name, p in fixture.get(group, {}).items():
@@ -111,7 +159,9 @@ def make(cls, clip, fixture, arrays, objects):
                 array = re.search(r"array (\w+)", p["init"])
                 if array:
                     stored = arrays[array[1]]
-                    torch.testing.assert_close(official[name].flatten()[: stored.numel()], stored.flatten())
+                    torch.testing.assert_close(
+                        official[name].flatten()[: stored.numel()], stored.flatten()
+                    )
             else:
                 value = seeded(f"{fixture['name']}/{name}", p["shape"], p["std"])
                 official[name] = p.get("mean", 0.0) + value
@@ -120,26 +170,39 @@ def make(cls, clip, fixture, arrays, objects):
 
 
 def make_optimizer(method, described):
-    """The recorded optimizer over the method's own groups; ``described`` is a dict, or a sentence."""
+    """The recorded optimizer over the method's own groups; ``described`` is a dict, or
+    a sentence.
+    """
     if isinstance(described, str):
         options = {
-            name: float(value) for name, value in re.findall(r"(lr|momentum|weight_decay)[ =]([\d.e-]+\d)", described)
+            name: float(value)
+            for name, value in re.findall(
+                r"(lr|momentum|weight_decay)[ =]([\d.e-]+\d)", described
+            )
         }
         described = {"type": described.partition("(")[0], **options}
-    kind = next(described[key] for key in ("type", "optimizer", "name") if key in described).rpartition(".")[2]
+    kind = next(
+        described[key] for key in ("type", "optimizer", "name") if key in described
+    ).rpartition(".")[2]
     cls = getattr(torch.optim, kind)
-    lr = described["lr"] if "lr" in described else described["groups"][0]["lr"]  # the host's, of a plug-in
+    lr = (
+        described["lr"] if "lr" in described else described["groups"][0]["lr"]
+    )  # the host's, of a plug-in
     known = set(inspect.signature(cls).parameters) - {"params", "lr"}
     options = {name: value for name, value in described.items() if name in known}
     return cls(method.param_groups(Recipe(lr=lr)), lr=lr, **options)
 
 
 def assert_features(ours, stored):
-    """Fixtures store features normalised or not, and sometimes their first columns alone."""
+    """Fixtures store features normalised or not, and sometimes their first columns
+    alone.
+    """
     normalised = torch.nn.functional.normalize(ours, dim=-1)
     versions = [features[..., : stored.shape[-1]] for features in (ours, normalised)]
     if not any(torch.allclose(features, stored, **CLOSE) for features in versions):
-        torch.testing.assert_close(min(versions, key=lambda f: (f - stored).abs().max()), stored, **CLOSE)
+        torch.testing.assert_close(
+            min(versions, key=lambda f: (f - stored).abs().max()), stored, **CLOSE
+        )
 
 
 def test_unregistered_methods_fail(tmp_path):
@@ -149,7 +212,9 @@ def test_unregistered_methods_fail(tmp_path):
         def getfixturevalue(self, name):
             return None
 
-    (tmp_path / "x-default.json").write_text(json.dumps({"method": "no such method", "kind": "common"}))
+    (tmp_path / "x-default.json").write_text(
+        json.dumps({"method": "no such method", "kind": "common"})
+    )
     np.savez(tmp_path / "x-default.npz", logits=np.zeros(1))
     with pytest.raises(AssertionError, match="no registered method"):
         test_fixture(tmp_path / "x-default.json", Request())
