@@ -14,9 +14,11 @@ from IPython.display import Code, display
 from promptkit import data, results
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import unknown
+from promptkit.grids import sweep
 from promptkit.pages import compared
-from promptkit.protocols import Run, backbone, prepare, sweep
-from promptkit.train import PROFILES, History, fit
+from promptkit.recipe import PROFILES
+from promptkit.runs import Run, backbone, plan
+from promptkit.train import History, fit
 
 SMOKE_TASK = "sat"  # the smallest
 
@@ -157,7 +159,7 @@ class Chapter:
             "root": self.root,
             "shots": shots,
         }
-        plan = prepare(
+        planned = plan(
             Run(
                 protocol,
                 method,
@@ -167,13 +169,13 @@ class Chapter:
                 overrides=overrides,
             )
         )
-        dataset = plan.training_set()
-        trained = plan.build(dataset)
+        dataset = planned.training_set()
+        trained = planned.build(dataset)
         return Trained(
             trained,
             dataset,
-            plan.source,
-            fit(trained, dataset, plan.recipe, plan.run.seed, progress=False),
+            planned.source,
+            fit(trained, dataset, planned.recipe, planned.run.seed, progress=False),
         )
 
     def leaderboard(self, method: str) -> list[results.Claim]:

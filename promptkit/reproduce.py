@@ -15,9 +15,9 @@ from pathlib import Path
 import nbformat
 
 from promptkit.errors import InputError, unknown
-from promptkit.protocols import parallel
+from promptkit.recipe import PROFILES
 from promptkit.results import results_dir, write_text
-from promptkit.train import PROFILES
+from promptkit.workers import parallel
 
 # A chapter declares what it takes in its cell tagged "parameters"; these names mean the
 # same.
