@@ -283,7 +283,7 @@ def plan(run: Run) -> Plan:
 def _targets(run, source):
     """The datasets that a run is tested on beside its source."""
     if run.protocol == "domain-generalization":
-        targets = [_dataset(name, run.root) for name in source.shifts]
+        targets = _shifts(source, run.root)
         if not targets:
             raise InputError(
                 f"{source.name} has no shifted versions to measure"
@@ -407,6 +407,11 @@ def _dataset(dataset, root):
     if root is None:
         return data.load_dataset(dataset)
     return data.load_dataset(dataset, root)
+
+
+def _shifts(dataset, root):
+    """The shifted versions of a dataset."""
+    return [_dataset(name, root) for name in dataset.shifts]
 
 
 def _merge(recipe, given):

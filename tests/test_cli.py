@@ -16,10 +16,11 @@ from test_reproduce import chapter
 from typer.testing import CliRunner
 
 from promptkit import clip as clip_module
-from promptkit import data, protocols
+from promptkit import data, grids, runs
 from promptkit import method as method_module
 from promptkit.cli import app
 from promptkit.data.images import read_image
+from promptkit.recipe import PROTOCOLS
 from promptkit.registry import load_method, methods
 from promptkit.results import save_run
 
@@ -42,7 +43,7 @@ def world(tmp_path, monkeypatch):
     """
     toys, load_clip = (
         {name: toy(name) for name in (*data.MINI_TASKS, *data.SHIFTS)},
-        protocols.load_clip,
+        runs.load_clip,
     )
     toys["mini"] = replace(toys["mini"], shifts=tuple(data.SHIFTS))
     monkeypatch.setattr(data, "load_dataset", lambda name, root=None: toys[name])
@@ -55,7 +56,7 @@ def world(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(protocols, "load_clip", load)
-    protocols._clip.cache_clear()
+    runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
     # A console reads COLUMNS once, when it is made, and the workers of pytest set it:
@@ -64,7 +65,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr("promptkit.cli.err", Console(width=200, stderr=True))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    protocols._clip.cache_clear()
+    runs._clip.cache_clear()
 
 
 def promptkit(*words, code=0):
@@ -299,7 +300,7 @@ def test_failing_run_exits_with_1(monkeypatch, world):
     def fail(*arguments, **options):
         raise MemoryError("not enough")
 
-    monkeypatch.setattr(protocols, "fit", fail)
+    monkeypatch.setattr(runs, "fit", fail)
     _, said = promptkit("run", "coop", "--data", "pets", *QUICK, code=1)
     assert "1 of 1 runs failed" in said and "MemoryError: not enough" in said
 
@@ -308,7 +309,7 @@ def test_interrupt_exits_with_130(monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(protocols, "fit", interrupt)
+    monkeypatch.setattr(runs, "fit", interrupt)
     _, said = promptkit("run", "coop", "--data", "pets", *QUICK, code=130)
     assert "Interrupted" in said
 
@@ -478,8 +479,8 @@ def test_benchmark(world):
         "mini,pets",
     ]
     text, _ = promptkit(*words, "--max-steps", 1, "--seeds", "1,2")
-    rows = protocols.execute_all(
-        protocols.benchmark(
+    rows = grids.execute_all(
+        grids.benchmark(
             ["clip", "coop", "dept(coop)"],
             ["mini", "pets"],
             seeds=(1, 2),
@@ -488,11 +489,8 @@ def test_benchmark(world):
         ),
         progress=False,
     )
-    assert (
-        set(rows["protocol"]) == set(protocols.PROTOCOLS)
-        and rows["value"].notna().all()
-    )
-    for protocol in protocols.PROTOCOLS:
+    assert set(rows["protocol"]) == set(PROTOCOLS) and rows["value"].notna().all()
+    for protocol in PROTOCOLS:
         part = rows[rows["protocol"] == protocol]
         assert protocol in text and set(part["method"]) == {
             "clip",

@@ -337,9 +337,7 @@ def test_tpt_lowers_the_entropy_of_its_confident_views(tiny_clip, batch):
         toy_dataset(tiny_clip).train.images()[:3], torch.Generator().manual_seed(0)
     )
     assert views.shape[:2] == (3, 8)
-    done = method.tune(
-        tiny_clip.encode_image(views.flatten(0, 1)).unflatten(0, (3, 8))
-    )
+    done = method.tune(tiny_clip.encode_image(views.flatten(0, 1)).unflatten(0, (3, 8)))
     assert done.selected.shape == (3, 2) and (done.losses[-1] < done.losses[0]).all()
     chosen = done.entropy.gather(1, done.selected)
     assert (chosen.amax(1) <= done.entropy.kthvalue(2, dim=1).values + 1e-6).all()

@@ -47,7 +47,8 @@ def transform(
         x = images
     else:
         crops = [
-            _draw_crop(image.shape, generator, crop) if augment else None for image in images
+            _draw_crop(image.shape, generator, crop) if augment else None
+            for image in images
         ]
         x = torch.stack(
             list(workers().map(_resize, images, crops, [size] * len(images)))
