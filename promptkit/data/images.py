@@ -70,7 +70,7 @@ class Files:
             for path, size in zip(paths, sizes, strict=True)
             if size is None or size <= 0
         }
-        bad = [path for path, size in found.items() if size <= 0]
+        bad = [path for path in paths if found.get(path, 1) <= 0]
         if bad:
             what = (
                 "missing or empty"

@@ -39,7 +39,16 @@ class Store:
         Raises:
             InputError: the file cannot be read.
         """
-        return self._run(self._get, list(keys)) if self.path.exists() else {}
+        if not self.path.exists():
+            return {}
+        found, damaged = self._run(lambda db: _select(db, list(keys)), "BEGIN")
+        if damaged:
+            warnings.warn(
+                f"{damaged} damaged entries of the {self.title} {self.path}: making"
+                " them again",
+                stacklevel=3,
+            )
+        return found
 
     def put(self, items: dict[bytes, bytes]) -> None:
         """Add entries, in place of those with the same keys.
@@ -47,36 +56,18 @@ class Store:
         Raises:
             InputError: the file cannot be written, or there is no space left.
         """
-        self._run(self._put, items)
+        rows = [(key, value, _crc(key, value)) for key, value in items.items()]
+        insert = "INSERT OR REPLACE INTO entry VALUES (?, ?, ?)"
+        self._run(lambda db: db.executemany(insert, rows), "BEGIN IMMEDIATE")
 
-    def _get(self, db, keys):
-        found = {}
-        for start in range(0, len(keys), 500):  # SQLite takes 999 at least
-            some = keys[start : start + 500]
-            marks = ",".join("?" * len(some))
-            rows = db.execute(
-                f"SELECT key, value, crc FROM entry WHERE key IN ({marks})", some
-            )
-            found |= {
-                key: value
-                for key, value, crc in rows
-                if isinstance(value, bytes)
-                and crc == zlib.crc32(value, zlib.crc32(key))
-            }
-        return found
-
-    def _put(self, db, items):
-        rows = [(k, v, zlib.crc32(v, zlib.crc32(k))) for k, v in items.items()]
-        db.executemany("INSERT OR REPLACE INTO entry VALUES (?, ?, ?)", rows)
-
-    def _run(self, work, argument):
+    def _run(self, work, begin):
         try:
-            return self._try(work, argument)
+            return self._transact(work, begin)
         except sqlite3.DatabaseError as error:
             self._raise_unless_damaged(error)
         with lock(self.path):
             try:  # another process may have mended it by now
-                return self._try(work, argument)
+                return self._transact(work, begin)
             except sqlite3.DatabaseError as error:
                 self._raise_unless_damaged(error)
             warnings.warn(
@@ -84,22 +75,50 @@ class Store:
             )
             for suffix in ("", "-journal"):
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-            return self._try(work, argument)
+            return self._transact(work, begin)
 
     def _raise_unless_damaged(self, error):
-        name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
+        name = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
         if not name.startswith(_DAMAGED):
             raise InputError(
                 f"the {self.title} {self.path} cannot be used ({error}): make room or"
                 " mend its permissions, or set $PROMPTKIT_CACHE"
             ) from None
 
-    def _try(self, work, argument):
-        with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+    def _transact(self, work, begin):
+        db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        with closing(db), db:
             # a crash of the machine may damage the file; one of the process does not
             db.execute("PRAGMA synchronous = OFF")
             db.execute(
                 "CREATE TABLE IF NOT EXISTS entry"
                 " (key BLOB PRIMARY KEY, value BLOB, crc INTEGER)"
             )
-            return work(db, argument)
+            db.execute(begin)
+            pages, size = (
+                db.execute(f"PRAGMA page_{what}").fetchone()[0]
+                for what in ("count", "size")
+            )
+            if self.path.stat().st_size != pages * size:
+                raise sqlite3.DatabaseError("it was cut or added to")
+            return work(db)
+
+
+def _select(db, keys):
+    """({key: value}, how many have a wrong checksum)."""
+    found, damaged = {}, 0
+    for start in range(0, len(keys), 500):  # any SQLite takes that many
+        some = keys[start : start + 500]
+        marks = ",".join("?" * len(some))
+        for key, value, crc in db.execute(
+            f"SELECT key, value, crc FROM entry WHERE key IN ({marks})", some
+        ):
+            if isinstance(value, bytes) and crc == _crc(key, value):
+                found[key] = value
+            else:
+                damaged += 1
+    return found, damaged
+
+
+def _crc(key, value):
+    return zlib.crc32(value, zlib.crc32(key))
