@@ -55,7 +55,7 @@ def world(tmp_path, monkeypatch):
             else load_clip(name, pretrained, device, precision)
         )
 
-    monkeypatch.setattr(protocols, "load_clip", load)
+    monkeypatch.setattr(runs, "load_clip", load)
     runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
@@ -318,7 +318,7 @@ def test_full_disk_exits_with_1(monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "results/x.json")
 
-    monkeypatch.setattr(protocols, "find_run", full)
+    monkeypatch.setattr(grids, "find_run", full)
     _, said = promptkit("run", "clip", "--data", "pets", code=1)
     assert "No space left on device" in said and "results/x.json" in said
 

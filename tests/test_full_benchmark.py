@@ -22,7 +22,7 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     tiny CLIP.
     """
     clip = tiny(layers=3)  # as deep as the transfer recipes put prompts
-    monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: clip)
+    monkeypatch.setattr(runs, "load_clip", lambda *args, **kwargs: clip)
     runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))

@@ -158,7 +158,7 @@ def test_titles():
 
 
 def test_chapter(tmp_path, monkeypatch):
-    monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: tiny())
+    monkeypatch.setattr(running, "load_clip", lambda *args, **kwargs: tiny())
     monkeypatch.setattr(chapters, "load_clip", lambda *args, **kwargs: tiny())
     running._clip.cache_clear()
     chapter = chapters.Chapter(
