@@ -328,12 +328,11 @@ class FrozenCLIP(nn.Module):
             )
         ]
 
-    @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Features of normalised images (B, 3, H, W): (B, E), not normalised, without
         gradient, in chunks.
         """
-        return self.image(images)
+        return self.image(images.detach())
 
 
 def _families(rows: list[list[int]]) -> list[tuple[list[int], int]]:
