@@ -6,6 +6,7 @@ Learning Transferable Visual Models From Natural Language Supervision (arXiv
 """
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -622,13 +623,15 @@ def _fill(model: open_clip.CLIP, state: dict[str, Tensor]) -> None:
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(ours["logit_scale"].shape)
     positions = "visual.positional_embedding"
-    if state.get(positions, ours[positions]).shape != ours[positions].shape:
-        before = len(state[positions]) - 1
+    theirs, here = state.get(positions, ours[positions]), ours[positions]
+    before, after = theirs.numel() // here.shape[1] - 1, len(here) - 1
+    square = before > 0 and before == math.isqrt(before) ** 2
+    if before != after and square and theirs.shape == (before + 1, here.shape[1]):
         resize_pos_embed(state, model)
         warnings.warn(
             f"the weights are of a model that reads {before} patches an image, and this"
-            f" one reads {len(ours[positions]) - 1}: their positions were interpolated",
-            stacklevel=5,
+            f" one reads {after}: their positions were interpolated",
+            stacklevel=4,
         )
     strange = {
         "of other shapes": [

@@ -63,6 +63,7 @@ class Deployed(nn.Module):
             )
         with torch.no_grad():
             text = method.class_features().detach().clone()  # (C, E)
+            method.score(text[:1], text)  # what it makes when first asked, it has now
         self.classnames = list(method.classnames)
         self.method = method
         # A method holds its CLIP outside of the module tree; these are what images meet

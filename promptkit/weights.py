@@ -9,6 +9,7 @@ import codecs
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from inspect import isfunction
@@ -103,7 +104,7 @@ def read_checkpoint(path) -> dict:
         elif head.startswith(b"PK"):
             found = _read_zip(path)
         elif head.startswith(b"\x80"):  # torch.save before version 1.6
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = _read_torch(path)
         else:
             raise refuse("holds no weights: it is neither safetensors nor of torch")
     except InputError:
@@ -119,6 +120,12 @@ def read_checkpoint(path) -> dict:
         kind = type(found).__name__
         raise refuse(f"holds a {kind} and not a dict of tensors: save a state dict")
     return found
+
+
+def _read_torch(path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a pickle's protocol
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_zip(path: Path):
@@ -138,7 +145,7 @@ def _read_zip(path: Path):
         script = any(name.startswith(f"{folder}code/") for name in names)
         if not script:
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return _read_torch(path)
             except pickle.UnpicklingError:  # it holds more than tensors
                 pass
         found = _Unpickler(archive, folder).load()
@@ -274,7 +281,8 @@ def clip_state(checkpoint: dict) -> dict[str, Tensor]:
     found = [k for k in state if k == mark or k.endswith(f".{mark}")]
     if not found:
         what = f"it holds no CLIP of open_clip's, but {_some(state)}"
-        if any("prompt_learner" in key for key in state):
+        parts = {part for key in state for part in key.split(".")}
+        if parts & {"prompt_learner", "ctx", "token_prefix"}:
             what = (
                 f"it holds what a method has learned ({_some(state)}), and not the"
                 " weights of a CLIP"
