@@ -160,8 +160,11 @@ def check_words(n_ctx: int | None, init: str) -> None:
 
 def words_first(hparams: dict) -> dict:
     """Official options as the published code reads them: words, where there are any,
-    set the length whatever is configured, and are shared by all classes.
+    set the length whatever is configured, and are shared by all classes. An option that
+    is nothing (None) is not given.
     """
-    hparams = hparams | ({"init": hparams["init"] or ""} if "init" in hparams else {})
-    ignored = ("n_ctx", "class_specific") if hparams.get("init") else ()
-    return {name: value for name, value in hparams.items() if name not in ignored}
+    given = {name: value for name, value in hparams.items() if value is not None}
+    if {"init", "n_ctx", "class_specific"} & set(hparams):
+        given["init"] = hparams.get("init") or ""
+    ignored = ("n_ctx", "class_specific") if given.get("init") else ()
+    return {name: value for name, value in given.items() if name not in ignored}

@@ -226,6 +226,12 @@ class DePT(Plugin):
         return names
 
     @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any plug-in; an option that is nothing (None) is not given."""
+        ours = super().official_hparams(hyperparameters)
+        return {name: value for name, value in ours.items() if value is not None}
+
+    @classmethod
     def recipe(cls, setting, host):
         """The published code's for its hosts, the same for all protocols; another host
         keeps its own.

@@ -26,7 +26,8 @@ from promptkit.train import Recipe
 class KgCoOp(CoOp):
     r"""CoOp whose class features w are held near those u of a hand-written template.
 
-    .. math:: L = L_{ce} + \lambda\,\frac1C \sum_{c=1}^{C} \bigl(1 - \cos(w_c, u_c)\bigr)
+    .. math:: L = L_{ce}
+       + \lambda\,\frac1C \sum_{c=1}^{C} \bigl(1 - \cos(w_c, u_c)\bigr)
 
     The penalty runs over all C classes at every step, not over those in the batch.
     Inference is CoOp's.

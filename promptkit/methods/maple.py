@@ -164,8 +164,10 @@ class MaPLe(Method):
 
 def overwritten(hparams: dict) -> dict:
     """Official options as the published code reads them: initial words only where they
-    are given and at most 4 tokens learn.
+    are given and at most 4 tokens learn. An option that is nothing (None) is not given.
     """
-    if "init" in hparams and (not hparams["init"] or hparams.get("n_ctx", 1) > 4):
-        return hparams | {"init": ""}
-    return hparams
+    given = {name: value for name, value in hparams.items() if value is not None}
+    if "init" in hparams:
+        words = hparams["init"] if given.get("n_ctx", 1) <= 4 else ""
+        given["init"] = words or ""
+    return given

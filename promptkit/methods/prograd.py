@@ -51,7 +51,8 @@ class ProGrad(CoOp):
 
     the optimizer is given
 
-    .. math:: g = g_d - \lambda \min\bigl(0, \langle g_d, \hat g_g \rangle\bigr)\,\hat g_g,
+    .. math:: g = g_d
+       - \lambda \min\bigl(0, \langle g_d, \hat g_g \rangle\bigr)\,\hat g_g,
        \qquad \hat g_g = g_g / |g_g|,
 
     for each parameter tensor. The divergence itself is never minimised. Inference is
@@ -236,7 +237,7 @@ class ProGrad(CoOp):
         dataset = hyperparameters.get("DATASET", hyperparameters.get("dataset"))
         if dataset and not ours.get("template"):
             ours["template"] = TEMPLATES[by_loader(dataset)]
-        return ours
+        return {name: value for name, value in ours.items() if value is not None}
 
     @classmethod
     def recipe(cls, setting, host=None):

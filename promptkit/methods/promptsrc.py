@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
+import open_clip
 import torch
 import torch.nn.functional as F
 
@@ -24,23 +25,9 @@ from promptkit.methods.ivlp import IVLP
 from promptkit.published import Published, transfer
 
 # OpenAI's templates for ImageNet, those that the published code uses and in its order.
-TEMPLATES = [
-    "a photo of a {}.", "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.",
-    "a photo of the hard to see {}.", "a low resolution photo of the {}.", "a rendering of a {}.",
-    "graffiti of a {}.", "a bad photo of the {}.", "a cropped photo of the {}.", "a tattoo of a {}.",
-    "the embroidered {}.", "a photo of a hard to see {}.", "a bright photo of a {}.", "a photo of a clean {}.",
-    "a photo of a dirty {}.", "a dark photo of the {}.", "a drawing of a {}.", "a photo of my {}.", "the plastic {}.",
-    "a photo of the cool {}.", "a close-up photo of a {}.", "a black and white photo of the {}.",
-    "a painting of the {}.", "a painting of a {}.", "a pixelated photo of the {}.", "a sculpture of the {}.",
-    "a bright photo of the {}.", "a cropped photo of a {}.", "a plastic {}.", "a photo of the dirty {}.",
-    "a jpeg corrupted photo of a {}.", "a blurry photo of the {}.", "a photo of the {}.", "a good photo of the {}.",
-    "a rendering of the {}.", "a {} in a video game.", "a photo of one {}.", "a doodle of a {}.",
-    "a close-up photo of the {}.", "the origami {}.", "the {} in a video game.", "a sketch of a {}.",
-    "a doodle of the {}.", "a origami {}.", "a low resolution photo of a {}.", "the toy {}.",
-    "a rendition of the {}.", "a photo of the clean {}.", "a photo of a large {}.", "a rendition of a {}.",
-    "a photo of a nice {}.", "a photo of a weird {}.", "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.",
-    "a sketch of the {}.", "a embroidered {}.", "a pixelated photo of a {}.", "itap of the {}.",
-]  # fmt: skip
+_PLAIN = "a photo of a {}."
+_OPENAI = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+TEMPLATES = [_PLAIN, *(text for text in _OPENAI[:60] if text != _PLAIN)]
 
 
 @register
@@ -96,7 +83,7 @@ class PromptSRC(IVLP):
         "base-to-new": Published(
             ("ViT-B-16",),
             (16,),
-            "PromptSRC: `configs/trainers/PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx.yaml`",
+            "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx.yaml`",
             "The same.",
         ),
         "few-shot": Published(
@@ -110,8 +97,8 @@ class PromptSRC(IVLP):
             ("ViT-B-16",),
             (16,),
             "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx_cross_datasets.yaml`",
-            "The same. The script names a configuration of 5 epochs that does not exist,"
-            " and its test loads epoch 20.",
+            "The same. The script names a configuration of 5 epochs that does not"
+            " exist, and its test loads epoch 20.",
         )
     )
     official_dropped = (

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-from promptkit.errors import InputError
+from promptkit.errors import InputError, unknown
 from promptkit.method import Method, Plugin, expect, parse, register
 from promptkit.methods.cocoop import CoCoOp
 from promptkit.methods.coop import CoOp
@@ -306,7 +306,8 @@ class TPT(Plugin):
             True,
             "False: learned class tokens belong to Bongard-HOI, which is not here",
         )
-        return super(Plugin, cls).official_hparams(hyperparameters)
+        ours = super(Plugin, cls).official_hparams(hyperparameters)
+        return {name: value for name, value in ours.items() if value is not None}
 
     @classmethod
     def from_official(cls, clip, classnames, hyperparameters, *, host="", **objects):
@@ -314,9 +315,7 @@ class TPT(Plugin):
         in which "[CLS]" may mark the place of the class name.
         """
         if host not in ("", "coop", "cocoop"):
-            return super().from_official(
-                clip, classnames, hyperparameters, host=host, **objects
-            )
+            raise unknown("host of the published TPT", host, ["coop", "cocoop"])
         own = cls.official_hparams(hyperparameters)
         words = hyperparameters.get("ctx_init") or ""
         if host == "cocoop":
