@@ -60,9 +60,7 @@ def test_the_table_is_the_benchmarks():
     assert set(data.list_datasets()) >= {*data.DATASETS, *SHIFTED, *data.MINI_TASKS}
     assert {*data.DATASETS, *SHIFTED} <= set(paper_numbers()["dataset"])
     assert sum(TABLE[name].counts[0] for name in data.DATASETS) == 2191
-    assert all(
-        "{}" in entry.template for entry in TABLE.values()
-    )
+    assert all("{}" in entry.template for entry in TABLE.values())
 
 
 @pytest.mark.parametrize("name", TABLE)

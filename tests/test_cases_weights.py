@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from promptkit.clip import load_clip
 from promptkit.errors import InputError
-from promptkit.method import build
+from promptkit.registry import build
 from promptkit.weights import Opaque, clip_state, read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")

@@ -115,7 +115,9 @@ def test_the_eleven_tasks():
         assert (
             len(set(task.classnames)) == len(task.classnames) and "{}" in task.template
         )
-        assert set(task.descriptions) == set(task.classnames) and all(task.descriptions.values())
+        assert set(task.descriptions) == set(task.classnames) and all(
+            task.descriptions.values()
+        )
         assert len(task.train) == 32 * len(task.classnames) and len(
             task.test
         ) == 25 * len(task.classnames)

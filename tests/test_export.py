@@ -14,7 +14,8 @@ from promptkit.clip import load_clip
 from promptkit.data import load_dataset, transform
 from promptkit.errors import InputError
 from promptkit.export import Deployed, export, export_onnx, export_program
-from promptkit.method import Batch, build
+from promptkit.method import Batch
+from promptkit.registry import build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"

@@ -116,7 +116,7 @@ def test_kgcoop_takes_its_template_from_the_dataset(tiny_clip):
     dataset = replace(
         toy_dataset(tiny_clip),
         template="a drawing of a {}.",
-        official="DescribableTextures",
+        name="dtd",
     )
     method = build("kgcoop", tiny_clip, dataset.classnames)
     method.aim(dataset)

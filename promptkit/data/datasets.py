@@ -125,7 +125,6 @@ def _real(name, root):
         template=entry.template,
         templates=templates,
         shifts=entry.shifts,
-        official=entry.loader,
     )
 
 

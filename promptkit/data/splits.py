@@ -95,7 +95,6 @@ class Dataset:
         shifts: names of its shifted versions.
         source_rows: in a shifted version, which of the source's classes its own are;
             None elsewhere.
-        official: its name in CoOp's code, such as "OxfordPets"; "" elsewhere.
         world: "mini" for the tasks of the mini world, "real" for all others.
         path: the absolute path of one's own data; "" elsewhere.
         pool: in a few-shot draw, all images for training that it was drawn from,
@@ -114,7 +113,6 @@ class Dataset:
     descriptions: dict[str, list[str]] = field(default_factory=dict)
     shifts: tuple[str, ...] = ()
     source_rows: list[int] | None = None
-    official: str = ""
     world: str = "real"
     path: str = ""
     pool: Split | None = None
