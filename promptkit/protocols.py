@@ -12,12 +12,11 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, lru_cache
@@ -52,17 +51,12 @@ from promptkit.results import (
     write_text,
 )  # fmt: skip
 from promptkit.train import PROTOCOLS, History, Recipe, Setting, accuracy, fit
+from promptkit.workers import parallel, with_absolute_paths
 
 PROBE = (  # the baseline of the few-shot figures: no method, but measured and stored like one
     "linear-probe"
 )
 RECIPE_FIELDS = {f.name for f in dataclasses.fields(Recipe)} - {"hparams"}
-
-
-# joblib replaces a worker whose memory has grown; that is no news for a reader.
-warnings.filterwarnings(
-    "ignore", "A worker stopped while some jobs were given", UserWarning
-)
 
 
 class SweepError(RuntimeError):
@@ -839,10 +833,11 @@ def execute_all(
         todo += [plan] if stored is None else []
     # Other processes get the request and load data and weights themselves; this one has
     # them at hand.
-    items = todo if alone else [plan.run for plan in todo]
+    items = todo if alone else [with_absolute_paths(plan.run) for plan in todo]
     where = results if results is False else str(results_dir(results).resolve())
     single = len(todo) == 1 and alone
     arguments = {"results": where, "force": force, "progress": progress and single}
+    arguments["failed"] = lambda run, reason: (None, reason)
     done = parallel(_attempt, items, workers, scheduler, **arguments)
     title = f"{len(todo)} of {len(plans)} runs to do"
     with tqdm(
@@ -885,60 +880,6 @@ def _attempt(run, results, force, progress):
 def _list(value):
     """A list of what may be one thing (a name, a number, a Dataset) or several."""
     return list(value) if isinstance(value, list | tuple | range | set) else [value]
-
-
-def parallel(
-    function: Callable, items: Iterable, workers=1, scheduler=None, **arguments
-) -> Iterator[tuple]:
-    """Yield ``(item, function(item, **arguments))`` for each item as it is done.
-
-    Args:
-        workers: 1 runs here and in order; more run in so many processes of one thread
-            each.
-        scheduler: address of a Dask scheduler (``tcp://host:8786``); replaces
-            ``workers``.
-
-    Raises:
-        InputError: the scheduler cannot be reached.
-    """
-    items = list(items)
-    if scheduler:
-        from distributed import Client, as_completed
-
-        try:
-            client = Client(scheduler, timeout="10s")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"no Dask scheduler answers at {scheduler} ({error})"
-            ) from None
-        with client:
-            futures = {
-                client.submit(function, item, pure=False, **arguments): item
-                for item in items
-            }
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-    elif workers <= 1 or len(items) < 2:
-        for item in items:
-            yield item, function(item, **arguments)
-    else:
-        from joblib import Parallel, delayed
-
-        pool = Parallel(
-            n_jobs=min(workers, len(items)), return_as="generator_unordered"
-        )
-        calls = (
-            delayed(_in_worker)(function, i, item, arguments)
-            for i, item in enumerate(items)
-        )
-        for i, result in pool(calls):
-            yield items[i], result
-
-
-def _in_worker(function, i, item, arguments):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    return i, function(item, **arguments)
 
 
 # --- choosing hyperparameters ---------------------------------------------------------
