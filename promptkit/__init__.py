@@ -9,8 +9,11 @@ from importlib import import_module
 _HOME = {
     "clip": ["FrozenCLIP", "load_clip", "zero_shot_features"],
     "errors": ["InputError"],
-    "method": ["Batch", "Method", "build", "load_method"],
-    "train": ["Setting", "accuracy", "fit", "recipe"],
+    "method": ["Batch", "Method", "register"],
+    "plugin": ["Plugin"],
+    "recipe": ["Recipe", "Setting"],
+    "registry": ["build", "load_method"],
+    "train": ["accuracy", "fit"],
 }
 
 __all__ = sorted(name for names in _HOME.values() for name in names)

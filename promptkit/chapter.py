@@ -16,10 +16,12 @@ from promptkit import data, results
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.data.own import is_path
 from promptkit.errors import unknown
+from promptkit.grids import sweep
 from promptkit.pages import compared
 from promptkit.parameters import names, whole_numbers
-from promptkit.protocols import Run, backbone, prepare, sweep
-from promptkit.train import PROFILES, History, fit
+from promptkit.recipe import PROFILES
+from promptkit.runs import Run, backbone, plan
+from promptkit.train import History, fit
 from promptkit.workers import sweep_results
 
 SMOKE_TASK = "sat"  # the smallest
@@ -172,7 +174,7 @@ class Chapter:
             "root": self.root,
             "shots": max(self.shots),
         }
-        plan = prepare(
+        planned = plan(
             Run(
                 protocol,
                 method,
@@ -182,13 +184,13 @@ class Chapter:
                 overrides=overrides,
             )
         )
-        dataset = plan.training_set()
-        trained = plan.build(dataset)
+        dataset = planned.training_set()
+        trained = planned.build(dataset)
         return Trained(
             trained,
             dataset,
-            plan.source,
-            fit(trained, dataset, plan.recipe, plan.run.seed, progress=False),
+            planned.source,
+            fit(trained, dataset, planned.recipe, planned.run.seed, progress=False),
         )
 
     def leaderboard(self, method: str) -> list[results.Claim]:

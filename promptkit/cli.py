@@ -128,7 +128,7 @@ Device = _option(str | None, "cpu or cuda; default: a GPU if there is one.")
 @app.command("list", epilog=_examples("list", "list --json"))
 def list_methods(as_json: _option(bool, "Print JSON.", "--json") = False):
     """List the methods: name, title, year, kind, paper, parameters."""
-    from promptkit.method import methods
+    from promptkit.registry import methods
 
     rows = [
         _describe(cls)
@@ -234,9 +234,10 @@ def run(
 ):
     """Train and test one method; a run that is stored is not run again."""
     with err.status("loading ..."):
-        from promptkit.protocols import SweepError, backbone, execute, execute_all, grid
+        from promptkit.grids import SweepError, execute_all, grid
+        from promptkit.recipe import Setting
         from promptkit.results import results_dir
-        from promptkit.train import Setting
+        from promptkit.runs import backbone, execute
     Setting(
         protocol, profile=profile
     )  # refuses unknown names before anything is loaded
@@ -316,7 +317,7 @@ def predict(
         from promptkit.clip import load_clip
         from promptkit.data import transform
         from promptkit.data.images import SUFFIXES, read_image
-        from promptkit.method import build, load_method
+        from promptkit.registry import build, load_method
     names = (
         None
         if classes is None
@@ -374,7 +375,7 @@ def predict(
 
 
 def _announce(plans):
-    from promptkit.protocols import estimate
+    from promptkit.runs import estimate
 
     facts = plans[0].describe()
     if plans[0].run.profile == "full":
@@ -571,9 +572,11 @@ def _benchmark(
     pretrained,
     **options,
 ):
-    from promptkit.protocols import PROTOCOLS, SweepError, backbone, execute_all
-    from promptkit.protocols import benchmark as plan
+    from promptkit.grids import SweepError, execute_all
+    from promptkit.grids import benchmark as plan
+    from promptkit.recipe import PROTOCOLS
     from promptkit.results import load_results, results_dir, summarise
+    from promptkit.runs import backbone
 
     model, pretrained = backbone(profile, model, pretrained)
     kinds = (

@@ -130,6 +130,11 @@ class FrozenCLIP(nn.Module):
         """(), the factor of the cosines, 100 for OpenAI's weights."""
         return self.model.logit_scale.detach().float().exp().reshape(())
 
+    def describe(self) -> dict:
+        """What loads it again, and what tells it from others."""
+        names = ("name", "pretrained", "precision", "fingerprint")
+        return {name: getattr(self, name) for name in names}
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything that features depend on: weights, activation,

@@ -42,3 +42,11 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
             f" {', '.join(shown)}{more}"
         )
     return InputError(message)
+
+
+def expect(holds: bool, name: str, value, expected: str) -> None:
+    """Raise InputError "NAME must be EXPECTED, got VALUE" unless ``holds``; for ranges,
+    in constructors.
+    """
+    if not holds:
+        raise InputError(f"{name} must be {expected}, got {value!r}")

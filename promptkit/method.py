@@ -1,77 +1,68 @@
-"""The one interface of every method: what it reads, scores and learns; its registry,
-its files, its names.
+"""The one interface of every method: what it reads, scores and learns.
 
 A method is a plain ``nn.Module`` around a frozen CLIP. It overrides the few hooks below
-that its paper changes and nothing else; ``promptkit.train.fit`` is a loop over these
-hooks, and a method works without it.
+that its paper changes and nothing else; :func:`promptkit.train.fit` is a loop over
+these hooks, and a method works without it. Names, nesting and files of methods are in
+:mod:`promptkit.registry`.
 """
 
 import hashlib
-import importlib
 import inspect
 import json
-import math
-import pkgutil
-import re
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from promptkit.clip import FrozenCLIP, check_classnames, load_clip, zero_shot_features
+from promptkit import hyperparameters
+from promptkit.clip import FrozenCLIP, check_classnames, zero_shot_features
 from promptkit.errors import InputError, unknown
 from promptkit.files import write_atomically
+from promptkit.prompts import Context
+from promptkit.recipe import Recipe, Setting
+from promptkit.towers import Edit, Prompt
+
+READS = ("features", "images", "tokens", "views", "texts")
+SUPERVISION = ("none", "shots", "pool", "texts")
 
 
 @dataclass
 class Batch:
-    """What a method may read about B images; the trainer fills what the method's
+    """What a method may read about B examples; the trainer fills what the method's
     ``reads`` asks for.
     """
 
-    labels: Tensor | None = None  # (B,) long
+    labels: Tensor | None = None  # (B,) long; -1 where a label is not for the method
     images: Tensor | None = None  # (B, 3, H, W), normalised
-    features: Tensor | None = (
-        None  # (B, E) of the frozen image tower, before normalisation
-    )
+    features: Tensor | None = None  # (B, E) of the frozen tower, before normalisation
     tokens: Tensor | None = None  # (B, N, E) its local tokens
-    views: Tensor | None = (
-        None  # (B, V, 3, H, W), normalised; view 0 is the plain image
-    )
+    attention: Tensor | None = None  # (B, N), of the class token to them
+    views: Tensor | None = None  # (B, V, 3, H, W), normalised, by Method.views
     texts: list[str] | None = None  # B sentences, for methods that train on text
-    indices: Tensor | None = (
-        None  # (B,) positions in the split that the batch was drawn from
-    )
-    generator: torch.Generator | None = (
-        None  # the run's source of randomness, on the CPU
-    )
+    indices: Tensor | None = None  # (B,) positions in the split it was drawn from
+    generator: torch.Generator | None = None  # the run's randomness, on the CPU
 
     def __len__(self) -> int:
-        filled = (self.labels, self.images, self.features, self.views, self.texts)
-        return next(len(x) for x in filled if x is not None)
+        parts = "labels images features tokens views texts indices".split()
+        filled = (getattr(self, name) for name in parts)
+        found = next((len(x) for x in filled if x is not None), None)
+        if found is None:
+            raise InputError(f"the batch is empty: give it {', '.join(parts)}, or some")
+        return found
 
     def to(self, device) -> "Batch":
         """The same batch with its tensors on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self,
-            **{
-                name: x.to(device)
-                for name, x in values.items()
-                if isinstance(x, Tensor)
-            },
-        )
+        tensors = {k: x.to(device) for k, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 class MethodType(type):
@@ -79,23 +70,35 @@ class MethodType(type):
     its classes.
     """
 
-    def __call__(cls, clip, classnames, **hparams):
-        _check_clip(clip)
-        alone = (
-            cls.plugin
-            and cls.default_host
-            and not isinstance(hparams.get("host"), Method)
-        )
+    def __call__(cls, clip, classnames, **arguments):
+        if not isinstance(clip, FrozenCLIP):
+            raise InputError(
+                "a method needs a FrozenCLIP, as load_clip() makes it, not a"
+                f" {type(clip).__name__}"
+            )
+        alone = cls.default_host and not isinstance(arguments.get("host"), Method)
         if alone:
-            spec, defaults = cls.default_host
-            host = build(spec, clip, classnames, **defaults | hparams.get("host", {}))
-            hparams["host"] = host.requires_grad_(False)
-        hparams = cls.check(hparams)
-        method = super().__call__(clip, classnames, **hparams)
+            host, defaults = cls.default_host
+            given = defaults | (arguments.get("host") or {})
+            arguments["host"] = host(clip, classnames, **given).requires_grad_(False)
+        arguments = cls.check(arguments)
+        objects = {name: arguments[name] for name in cls.objects()}
+        method = cls.__new__(cls)
+        method.__dict__["hparams"] = {
+            name: value for name, value in arguments.items() if name not in objects
+        }
+        method.__dict__["taken"] = {
+            name: take(None)
+            for name, take in cls.from_dataset.items()
+            if method.hparams[name] is None
+        }
+        method.__init__(clip, classnames, **arguments)
+        for name, thing in objects.items():
+            if name != "host" and isinstance(thing, Method):
+                thing.requires_grad_(False).eval()
         if cls.plugin:
-            hparams["host"] = method.host.hparams
+            method.hparams["host"] = method.host.hparams
             method.alone = bool(alone)
-        method.hparams = hparams
         method.trained_on = method.classnames
         method.set_classes(method.classnames)
         return method.to(clip.device)
@@ -105,15 +108,24 @@ class Method(nn.Module, metaclass=MethodType):
     """A frozen CLIP and what a method adds to it.
 
     A subclass declares its hyperparameters as keyword-only, annotated arguments of
-    ``__init__`` (checked by their annotations, kept in ``self.hparams``), creates its
-    learnables there, and builds everything that is made from class names in
-    :meth:`set_classes`, which runs once after ``__init__`` and again whenever the
-    method is re-aimed.
+    ``__init__`` (checked by their annotations, kept in ``self.hparams`` as they were
+    asked for) and creates its learnables there. Of the hooks below it overrides what
+    its paper changes. A learned :class:`~promptkit.prompts.Context` called
+    ``self.context`` is a prompt without a further word, and follows the class names.
+
+    Everything else that is made from class names is made in :meth:`set_classes`, or is
+    a ``cached_property``, which is forgotten whenever the classes change.
 
     Args:
         clip: the frozen backbone. It stays out of the module tree: ``parameters()`` and
             ``state_dict()`` hold what the method itself learns or remembers.
         classnames: the C class names.
+
+    Attributes:
+        hparams: the hyperparameters as they were asked for, with their defaults.
+        taken: for those of them that are None and follow the dataset
+            (``from_dataset``), what it was last told by one. See :meth:`option`.
+        trained_on: the class names that it was trained on, or made with.
 
     Raises:
         InputError: a hyperparameter is unknown or does not fit; there are no class
@@ -121,177 +133,218 @@ class Method(nn.Module, metaclass=MethodType):
             pairs.
     """
 
-    name: ClassVar[str] = ""  # registry name, the name of its module
+    name: ClassVar[str] = ""  # registry name
     title: ClassVar[str] = ""
     year: ClassVar[int] = 0
-    paper: ClassVar[str] = ""  # arXiv id
-    kind: ClassVar[str] = (
-        ""  # "zero-shot", "prompt", "adapter", "test-time", "training-free", ...
-    )
-    # "features" (frozen image features suffice), "images", "images+features" (features
-    # only where they can be cached) or "views" (made by the method's own views(pixels,
-    # generator))
-    reads: ClassVar[str] = "features"
-    conditional: ClassVar[bool] = False  # whether text_features depends on the image
+    paper: ClassVar[str] = ""  # arXiv id, or a DOI or URL where there is none
+    kind: ClassVar[str] = ""  # "prompt", "adapter", "test-time", ..., for tables
+    # What it reads of a training image, of READS, joined by "+". "features": what the
+    # frozen tower makes of it suffices, and may come from the cache. "images": its own
+    # tower runs. "images+features": both. "tokens": local tokens beside either.
+    # "views": made by its own views(). "texts": no image at all (ProText).
+    reads: str = "features"
+    reads_at_test: str = ""  # the same for a test image; empty: as in training
+    conditional: bool = False  # whether text_features depends on the image
+    # What teaches it, of SUPERVISION, joined by "+": "shots", a few labelled images;
+    # "pool", all training images without labels (UPL, PromptKD, CasPL's first stage);
+    # "texts" (ProText); "none".
+    supervision: ClassVar[str] = "shots"
+    seeded: ClassVar[bool] = True  # whether anything in it is random
     plugin: ClassVar[bool] = False  # whether it takes a host=
-    official_hyperparameters: ClassVar[
-        dict[str, str | None]
-    ] = {}  # official name: ours, or None (no effect)
+    default_host: ClassVar[tuple | None] = None
+    # Hyperparameters that follow the dataset where they are None: name -> what a
+    # Dataset says, or None (no dataset yet). A method's texts are its own: the
+    # function finds them by the dataset's name.
+    from_dataset: ClassVar[dict[str, Callable[[Any], Any]]] = {}
+    # Official name: ours, or None (of no effect).
+    official_hyperparameters: ClassVar[dict[str, str | None]] = {}
     # Parts of official parameter names that begin so are ignored: they follow from the
-    # class names, or never learned.
-    official_dropped: ClassVar[tuple[str, ...]] = ("token_prefix", "token_suffix")
+    # class names, or are never learned.
+    official_dropped: tuple[str, ...] = ("token_prefix", "token_suffix")
 
     hparams: dict[str, Any]
+    taken: dict[str, Any]
 
     def __init__(self, clip: FrozenCLIP, classnames: list[str]):
         super().__init__()
         self.__dict__["clip"] = clip
         self.classnames = check_classnames(classnames, allow_duplicates=True)
-        self.training_state: dict[
-            str, Tensor
-        ] = {}  # what fit must keep between epochs beside the learnables
-        self._remembered = None  # (key, text features)
+        # What fit must keep between epochs beside the learnables.
+        self.training_state: dict[str, Tensor] = {}
+        self._remembered = None  # (what the features were made from, text features)
 
-    # --- what a paper changes ---------------------------------------------------------
+    # --- its classes ------------------------------------------------------------------
 
     def set_classes(self, classnames: list[str]) -> None:
-        """Re-aim at other classes: keep what is learned, rebuild what is made from
-        names.
+        """Re-aim at other classes: keep what is learned, rebuild what names make.
 
-        What training alone needs of them, such as the features of a hand-written
-        prompt, a method makes a ``cached_property``: it is forgotten here and computed
-        again when it is asked for.
+        The context, a teacher and every ``cached_property`` follow. What training alone
+        needs of the names, such as the features of a hand-written prompt, is best a
+        ``cached_property``: it is forgotten here and computed again when asked for.
 
         Raises:
             InputError: bad class names, or classes that this method cannot serve.
         """
         self.classnames = check_classnames(classnames, allow_duplicates=True)
         self._remembered = None
-        for name, _ in inspect.getmembers_static(
+        own = inspect.getmembers_static(
             type(self), lambda member: isinstance(member, cached_property)
-        ):
+        )
+        for name, _ in own:
             vars(self).pop(name, None)
+        for part in self.children():
+            if isinstance(part, Method | Context):
+                part.set_classes(self.classnames)
 
     def aim(self, dataset) -> None:
-        """Re-aim at a dataset: its classes and, if the method uses them, its template
-        or descriptions.
+        """Re-aim at a dataset: its classes, and the texts and descriptions that the
+        method takes from one (``from_dataset``) unless they were asked for.
         """
+        for part in self.children():
+            if isinstance(part, Method):
+                part.aim(dataset)
+        for name in self.taken:
+            self.taken[name] = self.from_dataset[name](dataset)
         self.set_classes(dataset.classnames)
 
+    def option(self, name: str):
+        """A hyperparameter as it stands: what was asked for, else what the dataset
+        says (CLIP's template, KAPT's descriptions).
+        """
+        return self.taken[name] if name in self.taken else self.hparams[name]
+
+    # --- the text side ----------------------------------------------------------------
+
+    def vectors(self, image_features: Tensor | None = None) -> Tensor:
+        """The learned tokens of the context: (M, D) or (C, M, D), or (B, 1 or C, M, D)
+        for (B, E) image features if the method is ``conditional`` (CoCoOp).
+        """
+        return self.context.vectors
+
+    def text_prompt(self, image_features: Tensor | None = None) -> Prompt | None:
+        """What enters the text tower, of one group or of a group an image; None: the
+        class names in "a photo of a {}." (ATPrompt and CasPL extend it).
+        """
+        if getattr(self, "context", None) is None:
+            return None
+        return self.context.prompt(self.vectors(image_features))
+
+    def text_edit(self) -> Edit | None:
+        """What happens between the blocks of the text tower (MaPLe, TCP, CasPL)."""
+        return None
+
     def text_features(self, image_features: Tensor | None = None) -> Tensor:
-        """Class features before normalisation; CLIP's own for "a photo of a {}." by
-        default.
+        """Class features before normalisation, of :meth:`text_prompt` under
+        :meth:`text_edit`.
 
         Returns:
             (C, E), or (B, C, E) for (B, E) image features if the method is
-            ``conditional``.
+            ``conditional``; or whatever else its own :meth:`score` reads (WaffleCLIP's
+            and AWT's sets of sentences).
         """
-        return zero_shot_features(self.clip, self.classnames, "a photo of a {}.")
+        if self.conditional and image_features is None:
+            raise InputError(
+                f"the class features of {self.spec} depend on the image: pass"
+                " image_features, (B, E)"
+            )
+        prompt = self.text_prompt(image_features)
+        if prompt is None:
+            return zero_shot_features(self.clip, self.classnames, "a photo of a {}.")
+        features = self.clip.text(prompt, self.text_edit())  # (G, C, E)
+        return features if self.conditional else features[0]
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """Image features (B, E) before normalisation of images (B, 3, H, W); CLIP's own
-        by default.
+    def class_features(self):
+        """The text features; without gradients they are remembered until something that
+        they are made from changes.
         """
-        return self.clip.encode_image(images)
+        if torch.is_grad_enabled():
+            return self.text_features()
+        state = [self.training, *chain(self.parameters(), self.buffers())]
+        if self._remembered is None or not _equal(self._remembered[0], state):
+            copies = [x.clone() if isinstance(x, Tensor) else x for x in state]
+            self._remembered = copies, self.text_features()
+        return self._remembered[1]
 
-    def score(self, image: Tensor, text: Tensor) -> Tensor:
+    # --- the image side ---------------------------------------------------------------
+
+    def image_prompt(self) -> Tensor | None:
+        """Tokens (n, Dv) behind the patches at the input of the image tower (MaPLe)."""
+        return None
+
+    def image_edit(self) -> Edit | None:
+        """What happens between the blocks of the image tower (MaPLe, MMA, ArGue)."""
+        return None
+
+    def image_features(self, images: Tensor, local: bool = False):
+        """Image features (B, E) before normalisation of images (B, 3, H, W), from the
+        tower with :meth:`image_prompt` and :meth:`image_edit`.
+
+        Args:
+            local: also return the local tokens (B, N, E) and the class token's
+                attention to them, (B, N), from the same pass (TextRefiner, KAPT).
+        """
+        prompt, edit = self.image_prompt(), self.image_edit()
+        if prompt is None and edit is None and not local:
+            return self.clip.encode_image(images)
+        return self.clip.image(images, prompt, edit, tokens=local, attention=local)
+
+    def adapt(self, features: Tensor) -> Tensor:
+        """What a trained head makes of image features, (B, E) -> (B, E'); the identity
+        by default (CLIP-Adapter, CoPrompt, PromptKD's projector). Cached and fresh
+        features both go through it.
+        """
+        return features
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Image features (B, E) of a batch, before normalisation: those it carries if
+        frozen ones suffice, else of its images. Leaves local tokens in the batch if the
+        method reads them.
+        """
+        reads = self._reading()
+        if batch.features is not None and "images" not in reads:
+            if "tokens" not in reads or batch.tokens is not None:
+                return self.adapt(batch.features)
+        if batch.images is None:
+            raise InputError(f"{self.spec} reads images, and the batch holds none")
+        if "tokens" not in reads:
+            return self.adapt(self.image_features(batch.images))
+        image, batch.tokens, batch.attention = self.image_features(batch.images, True)
+        return self.adapt(image)
+
+    def _reading(self) -> list[str]:
+        reads = self.reads if self.training else self.reads_at_test or self.reads
+        return reads.split("+")
+
+    # --- what the two are compared to -------------------------------------------------
+
+    def features(self, batch: Batch):
+        """Image features (B, E) and class features, (C, E) or (B, C, E), of a batch,
+        before normalisation.
+        """
+        image = self.encode(batch)
+        text = self.text_features(image) if self.conditional else self.class_features()
+        return image, text
+
+    def score(self, image: Tensor, text) -> Tensor:
         """Logits (B, C) of features (B, E) and (C, E) or (B, C, E): cosine times CLIP's
         logit scale.
         """
-        image, text = (
-            F.normalize(image.float(), dim=-1),
-            F.normalize(text.float(), dim=-1),
-        )
-        cosine = (
-            image @ text.T
-            if text.dim() == 2
-            else (text @ image[:, :, None]).squeeze(-1)
-        )
+        image = F.normalize(image.float(), dim=-1)
+        text = F.normalize(text.float(), dim=-1)
+        if text.dim() == 2:
+            cosine = image @ text.T
+        else:
+            cosine = (text @ image[:, :, None]).squeeze(-1)
         return self.clip.logit_scale.float() * cosine
-
-    def regularizer(self, batch: Batch, image: Tensor, text: Tensor) -> Tensor | float:
-        """What the loss adds to the cross-entropy, (); nothing by default.
-
-        Args:
-            batch: B images.
-            image: (B, E), their features, before normalisation.
-            text: (C, E) or (B, C, E), the class features, before normalisation.
-        """
-        return 0.0
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) of a batch, with gradients where they are enabled."""
         return self.score(*self.features(batch))
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Training loss of a batch, (): by default the cross-entropy of its logits and
-        the :meth:`regularizer`.
-        """
-        image, text = self.features(batch)
-        return F.cross_entropy(
-            self.score(image, text), batch.labels
-        ) + self.regularizer(batch, image, text)
-
-    # --- what a training run asks for -------------------------------------------------
-
-    def prepare(self, dataset, recipe, generator: torch.Generator):
-        """Called once before training; returns the dataset to train on, say, with
-        labels of its own making.
-
-        Methods that only remember training data (a cache of features) do so here and
-        learn nothing.
-        """
-        return dataset
-
-    def param_groups(self, recipe) -> list[dict]:
-        """Optimizer groups; a group may set its own peak ``lr`` and
-        ``weight_decay``.
-        """
-        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
-
-    def backward(self, batch: Batch) -> Tensor:
-        """Leave in ``.grad`` what the optimizer shall follow; returns the loss to
-        report, ().
-        """
-        loss = self.loss(batch)
-        loss.backward()
-        return loss.detach()
-
-    def end_epoch(self, epoch: int, recipe) -> None:
-        """Called after each epoch (0-based). What a method accumulates here belongs in
-        ``training_state``.
-        """
-
-    # --- what every method can do -----------------------------------------------------
-
-    def encode(self, batch: Batch) -> Tensor:
-        """Image features (B, E) of a batch: those it carries if frozen ones suffice,
-        else of its images.
-        """
-        if batch.features is not None and self.reads == "features":
-            return batch.features
-        return self.image_features(batch.images)
-
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Image features (B, E) and class features, (C, E) or (B, C, E), of a batch,
-        before normalisation.
-        """
-        image = self.encode(batch)
-        return image, (
-            self.text_features(image) if self.conditional else self.class_features()
-        )
-
-    def class_features(self) -> Tensor:
-        """The text features (C, E); without gradients they are remembered until
-        something changes them.
-        """
-        if torch.is_grad_enabled():
-            return self.text_features()
-        state = chain(self.parameters(), self.buffers())
-        key = (self.training, *((t.data_ptr(), t._version) for t in state))
-        if self._remembered is None or self._remembered[0] != key:
-            self._remembered = key, self.text_features()
-        return self._remembered[1]
+    def __call__(self, batch: Batch | Tensor, *args, **kwargs):
+        """As :meth:`forward`; images (B, 3, H, W) will do."""
+        batch = Batch(images=batch) if isinstance(batch, Tensor) else batch
+        return super().__call__(batch, *args, **kwargs)
 
     @torch.no_grad()
     def logits(self, batch: Batch | Tensor) -> Tensor:
@@ -309,6 +362,108 @@ class Method(nn.Module, metaclass=MethodType):
         """Labels (B,) of (B, 3, H, W) normalised images."""
         return self.logits(images).argmax(dim=-1)
 
+    # --- what a training run asks for -------------------------------------------------
+
+    @classmethod
+    def recipe(cls, setting: Setting) -> Recipe:
+        """The paper's hyperparameters and optimisation in a setting.
+
+        Raises:
+            InputError: the method states none.
+        """
+        raise InputError(
+            f"{cls.name or cls.__name__} states no recipe: add a classmethod"
+            " recipe(cls, setting) that returns a Recipe, or give one to fit()"
+        )
+
+    def prepare(self, dataset, recipe: Recipe, generator: torch.Generator, stage: int):
+        """Called before each stage of training; returns the dataset to train on in it,
+        say, with labels of its own making (UPL) or texts in place of images (ProText).
+
+        Methods that only remember training data (Tip-Adapter's cache) do so here. The
+        dataset has no test split, and no labels that ``supervision`` does not name.
+
+        Args:
+            dataset: what the method may learn from: ``train``, ``val``, and all
+                training images without labels as ``unlabelled``.
+            recipe: of this stage.
+            generator: of all that is random.
+            stage: 0, 1, ...; freeze and thaw parameters by it.
+        """
+        return dataset
+
+    def param_groups(self, recipe: Recipe) -> list[dict]:
+        """Optimizer groups; a group may set its own peak ``lr`` and ``weight_decay``
+        (DePT's head, ArGue's norms).
+        """
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def views(self, images, generator: torch.Generator) -> Tensor:
+        """Views (B, V, 3, S, S), normalised, of B images (3, H, W) uint8, for methods
+        that read "views" (TPT, AWT, CoPrompt's two); ``self.training`` tells which.
+        """
+        raise InputError(f"{self.spec} reads views and does not say how to make them")
+
+    def criterion(self, batch: Batch, image: Tensor, text) -> Tensor:
+        """The main term of the loss, (): the cross-entropy of the scores by default
+        (PromptKD's divergence, LoGoPrompt's selection). Arguments as in
+        :meth:`regularizer`.
+        """
+        return F.cross_entropy(self.score(image, text), batch.labels)
+
+    def regularizer(self, batch: Batch, image: Tensor, text) -> Tensor | float:
+        """What the loss adds to the criterion, (); nothing by default (KgCoOp).
+
+        Args:
+            batch: B images.
+            image: (B, E), their features, before normalisation.
+            text: (C, E) or (B, C, E), the class features, before normalisation.
+        """
+        return 0.0
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Training loss of a batch, (): :meth:`criterion` plus :meth:`regularizer`."""
+        image, text = self.features(batch)
+        return self.criterion(batch, image, text) + self.regularizer(batch, image, text)
+
+    def backward(self, batch: Batch, outer: "Method | None" = None) -> Tensor:
+        """Leave in ``.grad`` what the optimizer shall follow; returns the loss to
+        report, () (ProGrad's projection, MMA's scaled gradients).
+
+        Args:
+            outer: the outermost plug-in around this method, whose loss it is.
+        """
+        loss = (outer or self).loss(batch)
+        loss.backward()
+        return loss.detach()
+
+    def end_epoch(self, epoch: int, recipe: Recipe) -> None:
+        """Called after each whole epoch (0-based) of a stage. What a method accumulates
+        here belongs in ``training_state``.
+        """
+
+    def finish(self, dataset, recipe: Recipe, generator: torch.Generator) -> None:
+        """Called once after the last stage, also when ``max_steps`` cut it or nothing
+        is trained: choose what remains on ``dataset.val`` (Tip-Adapter).
+        """
+
+    def begin(self, classnames: list[str]) -> None:
+        """Called first by training: these are the classes that it learns from now on.
+
+        Raises:
+            InputError: what it learns belongs to other classes.
+        """
+        self.trained_on = list(classnames)
+        self.set_classes(self.classnames)  # what follows from trained_on is forgotten
+
+    # --- what every method is ---------------------------------------------------------
+
+    @property
+    def taught(self) -> set[str]:
+        """What teaches it and its hosts; empty if it learns nothing."""
+        kinds = {kind for part in self.nest() for kind in part.supervision.split("+")}
+        return kinds - {"none"}
+
     @property
     def n_parameters(self) -> int:
         """How many numbers it learns."""
@@ -316,68 +471,79 @@ class Method(nn.Module, metaclass=MethodType):
 
     @property
     def spec(self) -> str:
-        """The name that :func:`build` makes it from, such as ``"dept(maple)"``."""
+        """The name that ``build`` makes it from, such as ``"dept(maple)"``."""
         return self.name
+
+    def train(self, mode: bool = True):
+        """Training mode; a teacher stays in evaluation mode."""
+        super().train(mode)
+        for name in self.objects():
+            if name != "host" and isinstance(getattr(self, name, None), Method):
+                getattr(self, name).eval()
+        return self
+
+    def _apply(self, fn, recurse=True):
+        """Move it, and its CLIP along."""
+        probe = fn(torch.zeros(1, device=self.clip.device))
+        if probe.dtype != torch.float32:
+            raise InputError(
+                f"what {self.spec} learns is float32, so it cannot become"
+                f" {str(probe.dtype).removeprefix('torch.')}: load its CLIP with"
+                " precision='bf16' or 'fp16' instead"
+            )
+        if probe.device != self.clip.device:
+            self.clip.to(probe.device)
+        self._remembered = None
+        return super()._apply(fn, recurse)
 
     # --- hyperparameters --------------------------------------------------------------
 
     @classmethod
     def hyperparameters(cls) -> dict[str, tuple[Any, Any]]:
         """``{name: (annotation, default)}``, from the constructors of the class and of
-        those it extends.
+        those it extends; objects are left out.
         """
-        found = {}
-        for base in cls.__mro__:
-            if base is Method:
-                break
-            if "__init__" not in vars(base):
-                continue
-            hints = typing.get_type_hints(base.__init__)
-            parameters = inspect.signature(base.__init__).parameters.values()
-            for p in parameters:
-                if p.kind is p.KEYWORD_ONLY and p.name != "host":
-                    found.setdefault(p.name, (hints[p.name], p.default))
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-        return found
+        known = hyperparameters.arguments(cls, Method)
+        return {name: known[name] for name in known if name not in cls.objects()}
 
     @classmethod
-    def check(cls, hparams: dict) -> dict:
-        """The hyperparameters with their defaults filled in.
+    def objects(cls) -> dict[str, tuple[Any, Any]]:
+        """The arguments that are methods or backbones, likewise: a plug-in's host, a
+        teacher (PromptKD, CasPL), further backbones (UPL*). They are no
+        hyperparameters: a saved method keeps what a teacher learned, and which
+        weights it stands on.
+        """
+        known = hyperparameters.arguments(cls, Method)
+        kinds = (Method, FrozenCLIP)
+        return {n: known[n] for n in known if hyperparameters.holds(known[n][0], kinds)}
+
+    @classmethod
+    def check(cls, given: dict) -> dict:
+        """The arguments of its constructor with their defaults filled in.
 
         Raises:
-            InputError: one is unknown (with the nearest name), or is not what its
-                annotation asks for.
+            InputError: one is unknown (with the nearest name), is not what its
+                annotation asks for, or is missing.
         """
-        known, host = cls.hyperparameters(), {}
-        if cls.plugin and isinstance(hparams.get("host"), Method):
-            host = {"host": hparams["host"]}
-        elif cls.plugin:
+        if cls.plugin and not isinstance(given.get("host"), Method):
             raise InputError(
-                f"{cls.name} needs host=, a method; by name: build('{cls.name}(coop)',"
-                " ...)"
+                f"{cls.name} needs host=, a method; by name:"
+                f" build('{cls.name}(coop)', ...)"
             )
-        for name, value in hparams.items():
-            if name in host:
-                continue
-            if name not in known:
-                raise unknown(f"hyperparameter of {cls.name}", name, list(known))
-            if not _fits(value, known[name][0]):
-                raise InputError(
-                    f"{cls.name}: {name} must be {_describe(known[name][0])}, got"
-                    f" {value!r}"
-                )
-        return {
-            name: hparams.get(name, default) for name, (_, default) in known.items()
-        } | host
+        known = hyperparameters.arguments(cls, Method)
+        return hyperparameters.check(cls.name or cls.__name__, known, given)
 
     # --- the names of the method's own repository -------------------------------------
 
     def official_names(self) -> dict[str, str]:
-        """``{parameter name in the method's own repository: name in our
-        state_dict}``.
-        """
+        """``{parameter name in its own repository: name in our state_dict}``."""
         return {}
+
+    def official_state(self, state: dict) -> dict:
+        """The state dict of the method's own repository by the names and shapes of
+        :meth:`official_names`: renamed, reshaped, unused entries dropped.
+        """
+        return state
 
     def load_official(self, state: dict) -> None:
         """Take over a checkpoint of the method's own repository.
@@ -392,14 +558,10 @@ class Method(nn.Module, metaclass=MethodType):
             InputError: parameters are unknown, missing or of another shape; the text
                 names them.
         """
-        state, names, ours = (
-            state.get("state_dict", state),
-            self.official_names(),
-            self.state_dict(),
-        )
-        frozen = {f"text_encoder.{key}" for key in self.clip.model.state_dict()} | {
-            "logit_scale"
-        }
+        state = self.official_state(dict(state.get("state_dict", state)))
+        names, ours = self.official_names(), self.state_dict()
+        frozen = {f"text_encoder.{key}" for key in self.clip.model.state_dict()}
+        frozen |= {"logit_scale"}
         frozen |= {
             key.replace("text_encoder.visual", "image_encoder") for key in frozen
         }
@@ -458,370 +620,128 @@ class Method(nn.Module, metaclass=MethodType):
     def from_official(
         cls, clip: FrozenCLIP, classnames: list[str], hyperparameters: dict, **objects
     ):
-        """The method as its own repository would configure it.
+        """The method as its own repository would configure it; by name and with hosts,
+        see :func:`promptkit.registry.from_official`.
 
         Args:
             clip: the frozen backbone.
             classnames: the C class names.
-            hyperparameters: official names and values, such as ``{"N_CTX": 16, "CSC":
-                False}``.
-            objects: arguments that are no hyperparameters (``host="coop"`` for a
-                plug-in, a teacher).
+            hyperparameters: official names and values, such as
+                ``{"N_CTX": 16, "CSC": False}``.
+            objects: a host, a teacher.
         """
         return cls(clip, classnames, **cls.official_hparams(hyperparameters), **objects)
 
     # --- files ------------------------------------------------------------------------
 
-    def save(self, path) -> Path:
-        """Write one safetensors file, whole or not at all, whose header holds the
-        configuration as JSON.
+    def describe(self) -> dict:
+        """What makes it from its weights, JSON-able: method, hyperparameters, what it
+        took from a dataset, classes, backbone, and the same of its teacher.
+        """
+        about = {
+            "method": self.spec,
+            "hparams": self.hparams,
+            "taken": [part.taken for part in self.nest()],
+            "trained_on": self.trained_on,
+            "classnames": self.classnames,
+            "clip": self.clip.describe(),
+        }
+        objects = {}
+        for name in self.objects():
+            thing = getattr(self, name, None)
+            if name != "host" and isinstance(thing, Method | FrozenCLIP):
+                objects[name] = thing.describe()
+            elif name != "host" and isinstance(thing, list | tuple):
+                objects[name] = [part.describe() for part in thing]
+        return about | ({"objects": objects} if objects else {})
 
-        The configuration is the method's name and hyperparameters, the classes it was
-        trained on and those it aims at, the backbone's name and the hash of its
-        weights, and the versions of the libraries.
+    def nest(self) -> list["Method"]:
+        """This method, its host, and so on inwards."""
+        return [self]
+
+    def save(self, path) -> Path:
+        """Write one safetensors file, whole or not at all, whose header holds
+        :meth:`describe` as JSON, the hash of the weights, and the versions of the
+        libraries. :func:`promptkit.registry.load_method` reads it.
         """
         state = {
             name: t.detach().cpu().contiguous().clone()
             for name, t in self.state_dict().items()
         }
-        config = {
-            "format": 1,
-            "method": self.spec,
-            "hparams": self.hparams,
-            "trained_on": self.trained_on,
-            "classnames": self.classnames,
-            "clip": {
-                k: getattr(self.clip, k) for k in ("name", "pretrained", "fingerprint")
-            },
-            "weights": _digest(state),
-            "versions": {
-                package: _version(package)
-                for package in ("promptkit", "torch", "open_clip_torch")
-            },
-        }
+        packages = ("promptkit", "torch", "open_clip_torch")
+        config = {"format": 2} | self.describe()
+        config |= {"weights": digest(state)}
+        config |= {"versions": {package: _version(package) for package in packages}}
         data = safetensors_bytes(state, metadata={"promptkit": json.dumps(config)})
         return write_atomically(path, lambda file: file.write(data))
 
 
-class Plugin(Method):
-    """A method that extends another one: it passes on to its host what it does not
-    change itself.
-
-    Args:
-        host: the method to extend. ``self.host`` holds it, its learnables included.
+def _equal(before: list, now: list) -> bool:
+    """Whether two states hold the same numbers; compared by content, since a write to
+    ``.data`` leaves no other trace.
     """
-
-    plugin = True
-    hosts: ClassVar[tuple[str, ...]] = ("coop",)  # those of its paper
-    # What it extends if no host is named, with its hyperparameters; such a host does
-    # not learn.
-    default_host: ClassVar[tuple[str, dict] | None] = None
-
-    def __init__(self, clip, classnames, *, host: Method):
-        super().__init__(clip, classnames)
-        self.host = host
-
-    official_dropped = property(lambda self: self.host.official_dropped)
-    reads = property(lambda self: self.host.reads)
-    conditional = property(lambda self: self.host.conditional)
-    spec = property(
-        lambda self: self.name if self.alone else f"{self.name}({self.host.spec})"
+    return len(before) == len(now) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(before, now, strict=True)
     )
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        self.host.set_classes(classnames)
 
-    def aim(self, dataset):
-        self.host.aim(dataset)
-        super().aim(dataset)
+# --- registration ---------------------------------------------------------------------
 
-    def text_features(self, image_features=None):
-        return self.host.text_features(image_features)
-
-    def image_features(self, images):
-        return self.host.image_features(images)
-
-    def encode(self, batch):
-        return self.host.encode(batch)
-
-    def score(self, image, text):
-        return self.host.score(image, text)
-
-    def regularizer(self, batch, image, text):
-        return self.host.regularizer(batch, image, text)
-
-    def prepare(self, dataset, recipe, generator):
-        return self.host.prepare(dataset, recipe, generator)
-
-    def end_epoch(self, epoch, recipe):
-        self.host.end_epoch(epoch, recipe)
-
-    def official_names(self):
-        return {
-            official: f"host.{ours}"
-            for official, ours in self.host.official_names().items()
-        }
-
-    @classmethod
-    def official_hparams(cls, hyperparameters):
-        own = {
-            k: v
-            for k, v in hyperparameters.items()
-            if k in cls.official_hyperparameters
-        }
-        return super().official_hparams(own)
-
-    @classmethod
-    def from_official(cls, clip, classnames, hyperparameters, *, host: str, **objects):
-        """As :meth:`Method.from_official`; names that are not the plug-in's own are the
-        host's.
-        """
-        theirs = {
-            k: v
-            for k, v in hyperparameters.items()
-            if k not in cls.official_hyperparameters
-        }
-        name, inner = parse(host)
-        inner = {"host": inner} if inner else {}
-        host = methods()[name].from_official(clip, classnames, theirs, **inner)
-        return super().from_official(
-            clip, classnames, hyperparameters, host=host, **objects
-        )
-
-    @classmethod
-    def recipe(cls, setting, host: str):
-        """The host's own recipe, unless the plug-in's paper says otherwise."""
-        name, inner = parse(host)
-        theirs = methods()[name].recipe(setting, inner)
-        return replace(theirs, hparams={"host": theirs.hparams})
-
-
-# --- registry -------------------------------------------------------------------------
-
-_REGISTRY: dict[str, type[Method]] = {}
+REGISTRY: dict[str, type[Method]] = {}
 
 
 def register(cls: type[Method]) -> type[Method]:
-    """Class decorator: make a method known by its ``name``."""
-    _REGISTRY[cls.name] = cls
+    """Class decorator: make a method known by its ``name``.
+
+    A class may take the place of its earlier self (a notebook's cell that is run
+    again), and of no other.
+
+    Raises:
+        InputError: the name is missing or taken, or what the class declares is not
+            known.
+    """
+    name = cls.name
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise InputError(
+            f"{cls.__name__} needs name = ..., one word for build() and files, not"
+            f" {name!r}"
+        )
+    taken = REGISTRY.get(name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (
+        cls.__module__,
+        cls.__qualname__,
+    ):
+        raise InputError(
+            f"the name {name!r} is taken by {taken.__module__}.{taken.__qualname__}:"
+            f" give {cls.__qualname__} another one"
+        )
+    for what, choices in (
+        ("reads", READS),
+        ("reads_at_test", READS),
+        ("supervision", SUPERVISION),
+    ):
+        value = getattr(cls, what)
+        for word in value.split("+") if value else ():
+            if word not in choices:
+                raise unknown(f"{what} of {name}", word, choices)
+    unknown_names = set(cls.from_dataset) - set(cls.hyperparameters())
+    if unknown_names:
+        raise InputError(
+            f"{name}: from_dataset names {min(unknown_names)!r}, which is no"
+            " hyperparameter"
+        )
+    REGISTRY[name] = cls
     return cls
 
 
-def methods() -> dict[str, type[Method]]:
-    """Every registered method by name; each module of ``promptkit.methods`` registers
-    its own.
-    """
-    package = importlib.import_module("promptkit.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"promptkit.methods.{module.name}")
-    return dict(sorted(_REGISTRY.items()))
-
-
-def specs() -> list[str]:
-    """Every method as :func:`build` takes it, with plug-ins around each of the hosts of
-    their papers.
-    """
-    out = []
-    for name, cls in methods().items():
-        out += [name] if not cls.plugin or cls.default_host else []
-        out += [f"{name}({host})" for host in cls.hosts] if cls.plugin else []
-    return out
-
-
-def parse(spec: str) -> tuple[str, str | None]:
-    """``"dept(atprompt(maple))"`` -> ``("dept", "atprompt(maple)")``; ``"coop"`` ->
-    ``("coop", None)``.
-
-    Raises:
-        InputError: unknown names, unbalanced brackets, a plug-in without a host or a
-            host for what is no plug-in.
-    """
-    match = (
-        re.fullmatch(r"(\w+)(?:\((.*)\))?", spec.strip())
-        if isinstance(spec, str)
-        else None
-    )
-    if match is None:
-        raise InputError(
-            f"{spec!r} names no method; write a name such as 'coop', or 'plugin(host)'"
-        )
-    name, host = match.groups()
-    known = methods()
-    if name not in known:
-        raise unknown("method", name, list(known))
-    if known[name].plugin and not host and not known[name].default_host:
-        raise InputError(
-            f"{name} extends another method: name its host, as in '{name}(coop)'"
-        )
-    if host is not None:
-        if not known[name].plugin:
-            raise InputError(f"{name} takes no host, so {spec!r} cannot be built")
-        parse(host)
-    return name, host
-
-
-def nesting(spec: str) -> list[type[Method]]:
-    """The classes of a spec, outermost first: a plug-in, its host (its default one if
-    none is named), and so on.
-    """
-    name, host = parse(spec)
-    cls = methods()[name]
-    host = cls.default_host[0] if cls.plugin and host is None else host
-    return [cls] if host is None else [cls, *nesting(host)]
-
-
-def build(
-    spec: str, clip: FrozenCLIP, classnames: list[str], *, seed: int = 0, **hparams
-) -> Method:
-    """Make a method by name.
-
-    Args:
-        spec: a registered name, or plug-ins around one: ``"dept(atprompt(maple))"``.
-        classnames: the C class names.
-        seed: of the random initial values. Torch's global generators are left as they
-            were.
-        hparams: hyperparameters of the method; ``host={...}`` holds those of a
-            plug-in's host.
-
-    Raises:
-        InputError: the name or a hyperparameter is unknown or does not fit, or the
-            class names are bad.
-    """
-    name, host = parse(spec)
-    _check_clip(clip)
-    cuda = [clip.device] if torch.device(clip.device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        if host is not None:
-            hparams["host"] = build(
-                host, clip, classnames, seed=seed, **hparams.get("host", {})
-            )
-        return methods()[name](clip, classnames, **hparams)
-
-
-def load_method(
-    path, clip: FrozenCLIP | None = None, *, pretrained: str | None = None, device=None
-) -> Method:
-    """Read a method that :meth:`Method.save` wrote. Nothing is unpickled.
-
-    Args:
-        clip: the backbone that it was trained on; loaded by its recorded name if None,
-        pretrained, device: from these weights instead of the recorded ones, and onto
-            this device.
-
-    Raises:
-        InputError: the file is missing or damaged, or belongs to another backbone.
-    """
-    config, state = _read(path)
-    backbone = config["clip"]
-    clip = clip or load_clip(
-        backbone["name"], pretrained or backbone["pretrained"], device
-    )
-    if clip.fingerprint != backbone["fingerprint"]:
-        raise InputError(
-            f"{path} was trained on the weights {backbone['fingerprint'][:12]}"
-            f" ({backbone['name']}), this CLIP has {clip.fingerprint[:12]}"
-            f" ({clip.name})"
-        )
-    method = build(config["method"], clip, config["trained_on"], **config["hparams"])
-    for (
-        key,
-        value,
-    ) in (
-        state.items()
-    ):  # what a method remembers of its training data may have any size
-        module, _, leaf = key.rpartition(".")
-        buffers = dict(method.named_modules()).get(module, method)._buffers
-        if leaf in buffers:
-            buffers[leaf] = value.to(clip.device)
-    try:
-        method.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} does not fit {config['method']} of this version: {error}"
-        ) from None
-    if config["classnames"] != config["trained_on"]:
-        method.set_classes(config["classnames"])
-    return method
-
-
-def _read(path) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and state dict of a saved method."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["promptkit"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if config["weights"] != _digest(state):
-            raise ValueError("its weights do not match their hash")
-        config["clip"]["name"], config["clip"]["pretrained"]
-    except FileNotFoundError:
-        raise InputError(f"there is no method file {path}") from None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged or no file of a saved method ({error})"
-        ) from None
-    return config, state
-
-
-def expect(holds: bool, name: str, value, expected: str) -> None:
-    """Raise InputError "NAME must be EXPECTED, got VALUE" unless ``holds``; for ranges,
-    in constructors.
-    """
-    if not holds:
-        raise InputError(f"{name} must be {expected}, got {value!r}")
-
-
-def _check_clip(clip) -> None:
-    if not isinstance(clip, FrozenCLIP):
-        raise InputError(
-            "a method needs a FrozenCLIP, as load_clip() makes it, not a"
-            f" {type(clip).__name__}"
-        )
-
-
-_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    bool: ("True or False", lambda v: isinstance(v, bool)),
-    int: ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
-    float: ("a number", lambda v: type(v) in (int, float) and math.isfinite(v)),
-    str: ("a text", lambda v: isinstance(v, str)),
-    dict: ("a dictionary", lambda v: isinstance(v, dict)),
-    types.NoneType: ("None", lambda v: v is None),
-}
-
-
-def _fits(value, hint) -> bool:
-    """Whether ``value`` is what a hyperparameter's annotation asks for."""
-    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in args)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(
-            _fits(item, args[0]) for item in value
-        )
-    return _KINDS[origin][1](value) if origin in _KINDS else isinstance(value, origin)
-
-
-def _describe(hint) -> str:
-    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, args))}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_describe, args))
-    if origin in (list, tuple):
-        return f"a list, each item {_describe(args[0])}"
-    return _KINDS[origin][0] if origin in _KINDS else f"a {origin.__name__}"
-
-
-def _digest(state: dict[str, Tensor]) -> str:
+def digest(state: dict[str, Tensor]) -> str:
     """SHA-256 over names and bytes of a state dict."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _version(package: str) -> str | None:

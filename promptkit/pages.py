@@ -11,8 +11,9 @@ import pandas as pd
 
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
-from promptkit.method import methods, parse
 from promptkit.plots import base_new_plane
+from promptkit.recipe import Setting
+from promptkit.registry import methods, parse, recipe
 from promptkit.results import (
     IDENTITY,
     Claim,
@@ -25,7 +26,6 @@ from promptkit.results import (
     results_dir,
     summarise,
 )
-from promptkit.train import Setting, recipe
 
 # What the papers say of each other's methods.
 COMPARED = [

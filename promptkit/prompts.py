@@ -341,6 +341,7 @@ class Context(nn.Module):
             raise unknown("position", position, POSITIONS)
         self.__dict__["clip"] = clip
         self._extra: list[int] = []
+        self.start = 1
         if length is not None and length < 1:
             raise InputError(f"a context needs at least one token, not length={length}")
         words = (words or "").replace("_", " ").split()

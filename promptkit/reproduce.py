@@ -16,8 +16,8 @@ import nbformat
 
 from promptkit.errors import InputError, unknown
 from promptkit.parameters import names, whole_numbers
+from promptkit.recipe import PROFILES
 from promptkit.results import results_dir, write_text
-from promptkit.train import PROFILES
 from promptkit.workers import parallel, sweep_temporaries
 
 # A chapter declares what it takes in its cell tagged "parameters"; these names mean the

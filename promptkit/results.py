@@ -27,11 +27,8 @@ from scipy.special import stdtrit
 
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
+from promptkit.recipe import TRANSFER
 
-TRANSFER = (
-    "cross-dataset",
-    "domain-generalization",
-)  # protocols whose averages leave the source out
 SPLITS = ("base", "new", "hm", "all")
 # What a results folder holds, by which it is known again; what a project's root holds.
 FOLDERS = ("few-shot", "base-to-new", *TRANSFER, "claims", "trained", "checkpoints")
@@ -50,6 +47,8 @@ IDENTITY = [
     "seed",
     "profile",
     "model",
+    "precision",
+    "data",
 ]
 COLUMNS = [
     *IDENTITY,
@@ -57,6 +56,7 @@ COLUMNS = [
     "hash",
     "device",
     "seconds",
+    "parameters",
     "promptkit",
     "torch",
     "open_clip",
@@ -174,6 +174,12 @@ def run_rows(record: dict) -> pd.DataFrame:
     options = ", ".join(
         f"{key}={value}" for key, value in sorted(config.get("overrides", {}).items())
     )
+    digests = config.get("data", {})  # runs of earlier versions have none
+
+    def data_of(target):
+        pair = [digests.get(name, "") for name in (config["dataset"], target)]
+        return config_hash({"data": pair})[:8] if any(pair) else ""
+
     shared = {
         key: config[key]
         for key in (
@@ -188,9 +194,14 @@ def run_rows(record: dict) -> pd.DataFrame:
     }
     shared |= {
         "options": options,
+        "precision": config["clip"]["precision"],
+        "parameters": record.get("parameters"),
         **{key: record[key] for key in ("hash", "device", "seconds", "created")},
     }
-    rows = [shared | record["versions"] | row for row in record["rows"]]
+    rows = [
+        shared | record["versions"] | row | {"data": data_of(row["target"])}
+        for row in record["rows"]
+    ]
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
@@ -283,11 +294,12 @@ def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
     average row its own average over the datasets.
 
     Returns:
-        Columns method, options, protocol, profile, model, shots, dataset, target,
-        split, mean, low, high, seeds, datasets. In an average row only seeds that cover
+        Columns method, options, protocol, profile, model, precision, shots, dataset,
+        target, split, mean, low, high, seeds, datasets. In an average row only seeds that cover
         every dataset enter the interval.
     """
-    keys = ["method", "options", "protocol", "profile", "model", "shots"]
+    runs = _told_apart(runs)
+    keys = ["method", "options", "protocol", "profile", "model", "precision", "shots"]
     columns = [
         *keys,
         "dataset",
@@ -315,6 +327,23 @@ def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
             for dataset, row in _average(cells, head["protocol"], level):
                 out.append(head | {"dataset": dataset, "target": "average"} | row)
     return pd.DataFrame(out, columns=columns)
+
+
+def _told_apart(runs):
+    """Data of one name whose contents differ, such as a folder before and after its
+    labels were corrected, get a part of their digest behind the name.
+    """
+    runs = runs.assign(
+        precision=runs.get("precision", "fp32"), data=runs.get("data", "")
+    )
+    for column in ("dataset", "target"):
+        contents = runs.groupby(["protocol", "dataset", "target"])["data"]
+        several = contents.transform("nunique") > 1
+        if column == "target":
+            several = several & (runs["target"] != runs["dataset"])
+        names = runs[column].where(~several, runs[column] + "#" + runs["data"].str[:6])
+        runs = runs.assign(**{column: names})
+    return runs
 
 
 def _cells(cell, level):
@@ -424,12 +453,13 @@ def mini_runs(**filters) -> pd.DataFrame:
     Returns:
         Tidy rows as those of any sweep, with the columns ``IDENTITY`` and ``value``.
     """
-    with (
-        resources.files("promptkit")
-        .joinpath("assets/mini_runs.csv")
-        .open(encoding="utf-8") as file
-    ):
-        return _filtered(pd.read_csv(file, keep_default_na=False), filters)
+    path = resources.files("promptkit").joinpath("assets/mini_runs.csv")
+    with path.open(encoding="utf-8") as file:
+        rows = pd.read_csv(file, keep_default_na=False)
+    rows = rows.assign(
+        precision=rows.get("precision", "fp32"), data=rows.get("data", "")
+    )
+    return _filtered(rows[[*IDENTITY, "value"]], filters)
 
 
 def compare(

@@ -1,135 +1,35 @@
-"""Training: what a paper's recipe is, its schedule, and one readable loop over the
-hooks of a method.
-"""
+"""Training: one readable loop over the hooks of a method, and what it measures."""
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from promptkit import data
-from promptkit.errors import InputError, unknown
+from promptkit.errors import InputError
 from promptkit.files import write_atomically
-from promptkit.method import Batch, Method, expect, methods, parse
+from promptkit.method import Batch, Method
+from promptkit.recipe import Recipe, learning_rate
 
-PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "domain-generalization")
-PROFILES = ("smoke", "mini", "full")
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "adadelta": torch.optim.Adadelta,
 }
-
-# The mini world, see for_profile().
-MINI_LR = {
-    "sgd": 12.0
-}  # times the paper's; optimizers that are not named rescale the gradient themselves: 1
-MINI_EPOCHS = 5  # the paper's divided by this,
-MINI_LEAST_EPOCHS = 10  # but no fewer than these, or than the paper's if it has fewer
-MINI_BATCHES = (8, 32)  # the smallest and the largest batch
-SMOKE_EPOCHS = 2  # of one step each
+TOKEN_ROOM = 1 << 30  # bytes of local tokens that are kept rather than made anew
 
 
 class DivergedError(InputError):
     """The training loss is not a finite number any more."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a recipe depends on.
-
-    Args:
-        protocol: "few-shot", "base-to-new", "cross-dataset" or "domain-generalization".
-        dataset: name of the dataset trained on.
-        shots: images a class.
-        profile: "full" is the paper's recipe; "mini" and "smoke" are derived from it by
-            :func:`for_profile`.
-    """
-
-    protocol: str = "few-shot"
-    dataset: str = "mini"
-    shots: int = 16
-    profile: str = "mini"
-
-    def __post_init__(self):
-        if self.protocol not in PROTOCOLS:
-            raise unknown("protocol", self.protocol, list(PROTOCOLS))
-        if self.profile not in PROFILES:
-            raise unknown("profile", self.profile, list(PROFILES))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a method is trained: its hyperparameters in a setting, and the optimisation.
-
-    Args:
-        hparams: hyperparameters of the method; those left out keep their defaults.
-        epochs: 0 for methods that learn nothing.
-        epoch_steps: an epoch ends after so many steps; None: when it has seen all
-            images.
-        optimizer: "sgd", "adam", "adamw" or "adadelta".
-        options: further arguments of the optimizer, such as ``{"eps": 1e-3}``.
-        schedule: "cosine" or "constant", stepped once an epoch after the warm-up, see
-            :func:`learning_rate`.
-        augment: random resized crop and flip of the training images. Without it, image
-            features of a method that reads features are computed once and cached, as in
-            the mini and smoke profiles.
-    """
-
-    hparams: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 50
-    epoch_steps: int | None = None
-    batch_size: int = 32
-    optimizer: str = "sgd"
-    lr: float = 0.002
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    options: dict[str, Any] = field(default_factory=dict)
-    schedule: str = "cosine"
-    warmup_epochs: int = 1
-    warmup_lr: float = 1e-5
-    augment: bool = True
-
-    def __post_init__(self):
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown("optimizer", self.optimizer, list(OPTIMIZERS))
-        if self.schedule not in ("cosine", "constant"):
-            raise unknown("schedule", self.schedule, ["cosine", "constant"])
-        for name, least in (
-            ("epochs", 0),
-            ("epoch_steps", 1),
-            ("batch_size", 1),
-            ("warmup_epochs", 0),
-        ):
-            value = getattr(self, name)
-            fits = (
-                isinstance(value, int)
-                and value >= least
-                or (name == "epoch_steps" and value is None)
-            )
-            expect(fits, name, value, f"a whole number from {least}")
-        for name in ("lr", "momentum", "weight_decay", "warmup_lr"):
-            value = getattr(self, name)
-            expect(
-                math.isfinite(value) and value >= 0,
-                name,
-                value,
-                "a number that is not negative",
-            )
-
-    def steps(self, images: int) -> int:
-        """How many steps an epoch over so many images takes."""
-        return min(max(images // self.batch_size, 1), self.epoch_steps or images)
 
 
 @dataclass
@@ -143,64 +43,6 @@ class History:
     @property
     def steps(self) -> int:
         return len(self.losses)
-
-
-def recipe(spec: str, setting: Setting) -> Recipe:
-    """The recipe of a method, or of plug-ins around one, in a setting and in its
-    profile.
-
-    Raises:
-        InputError: unknown method.
-    """
-    name, host = parse(spec)
-    return for_profile(methods()[name].recipe(setting, host), setting.profile)
-
-
-def for_profile(recipe: Recipe, profile: str) -> Recipe:
-    """A paper's recipe, changed for the mini world by one rule that is the same for
-    every method.
-
-    The mini CLIP's logit scale is about 14 where OpenAI's is 100, so gradients are
-    small and SGD takes steps that are too small by far: "mini" multiplies its learning
-    rate by 12 (0.002 becomes 0.024). The tasks are small: it divides the epochs by 5,
-    but keeps 10 of them, and batches hold 8 to 32 images. It leaves out augmentation,
-    so that image features can be cached. "smoke" is "mini" with 2 epochs of one step,
-    tested on every fifth image. "full" changes nothing.
-    """
-    if profile == "full" or recipe.epochs == 0:
-        return recipe
-    epochs = max(recipe.epochs // MINI_EPOCHS, min(recipe.epochs, MINI_LEAST_EPOCHS))
-    smallest, largest = MINI_BATCHES
-    return replace(
-        recipe,
-        epochs=min(epochs, SMOKE_EPOCHS) if profile == "smoke" else epochs,
-        epoch_steps=1 if profile == "smoke" else recipe.epoch_steps,
-        batch_size=min(max(recipe.batch_size, smallest), largest),
-        lr=recipe.lr * MINI_LR.get(recipe.optimizer, 1.0),
-        augment=False,
-    )
-
-
-def learning_rate(recipe: Recipe, epoch: int, lr: float | None = None) -> float:
-    """Learning rate of an epoch e = 0, 1, ..., as the benchmark's toolbox computes it.
-
-    For W warm-up epochs and E epochs: ``warmup_lr`` if e < W, else ``lr / 2 * (1 +
-    cos(pi * (e - W) / E))``. The cosine starts after the warm-up and has the period E,
-    so it never reaches 0.
-
-    Args:
-        lr: peak learning rate of a parameter group, ``recipe.lr`` if None.
-    """
-    lr = recipe.lr if lr is None else lr
-    if epoch < recipe.warmup_epochs:
-        return recipe.warmup_lr
-    if recipe.schedule == "constant":
-        return lr
-    return (
-        0.5
-        * lr
-        * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / recipe.epochs))
-    )
 
 
 def make_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer | None:
@@ -229,15 +71,17 @@ def fit(
     checkpoint: str | Path | None = None,
     max_steps: int | None = None,
 ) -> History:
-    """Train a method on ``dataset.train``; the last epoch's parameters are its result.
+    """Train a method on what it may learn from; the last epoch's parameters are its
+    result.
 
     Everything random comes from one generator seeded with ``seed``: the same seed gives
-    the same bits on one machine.
+    the same bits on one machine. A recipe with stages is followed stage by stage.
 
     Args:
-        dataset: holds as many classes as the method aims at.
-        recipe: from :func:`recipe`, or one's own. Its ``hparams`` were for building the
-            method and play no part here.
+        dataset: holds as many classes as the method aims at. The method sees no more of
+            it than :func:`visible` says.
+        recipe: from :func:`promptkit.registry.recipe`, or one's own. Its ``hparams``
+            were for building the method and play no part here.
         progress: show a progress bar.
         checkpoint: a file, written after each epoch. If it exists, training goes on
             from it and ends with the same bits as if it had never stopped.
@@ -257,49 +101,100 @@ def fit(
             f"{method.spec} aims at {len(method.classnames)} classes, {dataset.name}"
             f" has {len(dataset.classnames)}: call method.aim(dataset) first"
         )
-    generator, device, history = (
-        torch.Generator().manual_seed(seed),
-        method.clip.device,
-        History(),
-    )
+    method.begin(method.classnames)
     run = _identity(method, dataset, recipe, seed) if checkpoint else None
-    dataset = method.prepare(dataset, recipe, generator)
-    optimizer = make_optimizer(method, recipe)
-    if optimizer is None or recipe.epochs == 0:
-        return history
-    if len(dataset.train) == 0:
-        raise InputError(f"{dataset.name} has no training images")
-    start = (
-        _resume(checkpoint, run, method, optimizer, generator, history)
-        if checkpoint
-        else 0
-    )
-
-    split = dataset.train
-    method.train()
-    read = reader(method, split, recipe.augment, generator)
-    per_epoch = recipe.steps(len(split))
-    total = min(recipe.epochs * per_epoch, max_steps or math.inf)
+    saved = _read_checkpoint(checkpoint, run, method) if checkpoint else None
+    dataset = visible(method, dataset)
+    generator, history = torch.Generator().manual_seed(seed), History()
+    if saved:
+        history = History(**saved["history"])
     began = time.perf_counter() - history.seconds
+    for stage, part in enumerate(recipe.parts()):
+        if saved and stage < saved["stage"]:
+            continue
+        if saved:
+            _load_state(method, saved["before"])
+            generator.set_state(saved["before"]["generator"].cpu())
+        before = _state(method) | {"generator": generator.get_state()}
+        given = method.prepare(dataset, part, generator, stage)
+        optimizer = make_optimizer(method, part)
+        if optimizer is None or part.epochs == 0:
+            continue
+        if len(given.train) == 0:
+            raise InputError(f"{dataset.name} has no training images")
+        first = 0
+        if saved:
+            first = saved["epochs"]
+            _load_state(method, saved["now"])
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["now"]["generator"].cpu())
+            saved = None
+
+        def keep(epochs, before=before, optimizer=optimizer, stage=stage):
+            history.seconds = time.perf_counter() - began
+            if checkpoint:
+                now = _state(method) | {"generator": generator.get_state()}
+                content = {"run": run, "stage": stage, "epochs": epochs}
+                content |= {"before": before, "now": now, "history": asdict(history)}
+                content |= {"optimizer": optimizer.state_dict()}
+                write_atomically(checkpoint, lambda file: torch.save(content, file))
+
+        name = method.spec + (f", stage {stage + 1}" if recipe.stages else "")
+        left = math.inf if max_steps is None else max_steps
+        _train(
+            method, given.train, part, optimizer, generator, history, first, left, keep,
+            name, progress,
+        )  # fmt: skip
+    if history.losses:
+        history.seconds = time.perf_counter() - began
+    method.eval()
+    method.finish(dataset, recipe, generator)
+    return history
+
+
+def visible(method: Method, dataset):
+    """What a method may learn from: no test images, no validation images where they are
+    the test images, and labels only if its ``supervision`` names shots.
+    """
+    dataset = dataset.for_training()
+    if "shots" in method.taught:
+        return dataset
+    return replace(dataset, train=dataset.unlabelled, val=dataset.val.take([]))
+
+
+def _train(
+    method, split, recipe, optimizer, generator, history, first, most, keep, name,
+    progress,
+):  # fmt: skip
+    """One stage: its epochs from ``first`` on, to no more than ``most`` steps in all."""
+    method.train()
+    read = reader(method, split, generator, recipe)
+    per_epoch = recipe.steps(len(split))
+    steps = recipe.epochs * per_epoch
+    done = history.steps - first * per_epoch  # before this stage
+    total = min(steps, most - done)
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
     with tqdm(
         total=total,
-        initial=history.steps,
-        desc=method.spec,
+        initial=history.steps - done,
+        desc=name,
         unit="step",
         disable=not progress,
     ) as bar:
-        for epoch in range(start, recipe.epochs):
-            if history.steps >= total:
+        for epoch in range(first, recipe.epochs):
+            if history.steps - done >= total:
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, epoch, group["peak_lr"])
-            history.lrs.append(learning_rate(recipe, epoch))
-            for indices in islice(
-                shuffled(len(split), recipe.batch_size, generator), per_epoch
-            ):
-                if history.steps >= total:
+            history.lrs.append(
+                learning_rate(recipe, epoch, share=epoch / recipe.epochs)
+            )
+            batches = shuffled(len(split), recipe.batch_size, generator)
+            for indices in islice(batches, per_epoch):
+                if history.steps - done >= total:
                     break
-                batch = read(indices).to(device)
+                share = (history.steps - done) / steps
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(recipe, epoch, group["peak_lr"], share)
+                batch = read(indices).to(method.clip.device)
                 optimizer.zero_grad(set_to_none=True)
                 loss = method.backward(batch).item()
                 if not math.isfinite(loss):
@@ -309,26 +204,15 @@ def fit(
                         f" learning rate {history.lrs[-1]:g}): lower lr, raise"
                         " warmup_epochs, or use precision='fp32'"
                     )
+                if recipe.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(learned, recipe.clip_norm)
                 optimizer.step()
                 history.losses.append(loss)
                 bar.update()
             else:  # the epoch is whole
                 method.end_epoch(epoch, recipe)
-                history.seconds = time.perf_counter() - began
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if checkpoint:
-                    _save_checkpoint(
-                        checkpoint,
-                        run,
-                        method,
-                        optimizer,
-                        generator,
-                        history,
-                        epoch + 1,
-                    )
-    history.seconds = time.perf_counter() - began
-    method.eval()
-    return history
+                keep(epoch + 1)
 
 
 def shuffled(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -341,46 +225,78 @@ def shuffled(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Te
     )
 
 
-def reader(method: Method, split, augment: bool, generator: torch.Generator):
+def reader(
+    method: Method,
+    split,
+    generator: torch.Generator,
+    recipe: Recipe | None = None,
+) -> Callable[[Tensor], Batch]:
     """A function from positions (B,) in a split to a :class:`Batch` with what the
-    method reads.
+    method reads, in training or, without a recipe, at test time.
 
     Without augmentation, what the frozen image tower makes of the split comes from the
-    feature cache.
+    feature cache; its local tokens are made once where they fit.
     """
-    clip, reads, frozen = method.clip, method.reads.split("+"), None
+    clip, augment = method.clip, recipe is not None and recipe.augment
+    reads = method.reads if recipe else method.reads_at_test or method.reads
+    reads = reads.split("+")
+    crop = {"crop": recipe.crop} if augment else {}
+    kept = {}
     if "features" in reads and not augment:
-        frozen = data.frozen_features(clip, split).to(clip.device)  # (N, E)
+        kept["features"] = data.frozen_features(clip, split).to(clip.device)  # (N, E)
+        patches = clip.image_tower.length - 1
+        size = 4 * len(split) * patches * clip.embed_dim
+        if "tokens" in reads and "images" not in reads and size <= TOKEN_ROOM:
+            kept |= _local_tokens(clip, split)
 
     def read(indices):
         batch = Batch(
             labels=split.labels[indices], indices=indices, generator=generator
         )
-        if frozen is not None:
-            batch.features = frozen[indices.to(clip.device)]
+        for name, values in kept.items():
+            setattr(batch, name, values[indices.to(values.device)])
+        if "texts" in reads:
+            batch.texts = split.texts(indices)
+            return batch
+        frozen = batch.features is not None
         if "views" in reads:
             batch.views = method.views(split.images(indices), generator)
-        elif "images" in reads or frozen is None:
+        if (
+            "images" in reads
+            or ("features" in reads and not frozen)
+            or ("tokens" in reads and batch.tokens is None)
+        ):
             batch.images = data.transform(
-                clip, split.images(indices), augment=augment, generator=generator
-            )
+                clip, split.images(indices), augment=augment, generator=generator,
+                **crop,
+            )  # fmt: skip
         return batch
 
     return read
+
+
+@torch.no_grad()
+def _local_tokens(clip, split) -> dict[str, Tensor]:
+    """Local tokens (N, P, E) of a split's images, and the attention to them (N, P)."""
+    tokens, attention = [], []
+    for rows in torch.arange(len(split)).split(64):
+        images = data.transform(clip, split.images(rows))
+        _, local, weights = clip.image(images, tokens=True, attention=True)
+        tokens.append(local)
+        attention.append(weights)
+    return {"tokens": torch.cat(tokens), "attention": torch.cat(attention)}
 
 
 def predictions(method: Method, split, batch_size: int = 100, seed: int = 0) -> Tensor:
     """Predicted labels (N,) of a split, on the CPU.
 
     Text features are computed once, frozen image features come from the cache, and
-    methods that adapt to each image (``reads = "views"``) draw from a generator seeded
-    with ``seed``.
+    methods that read views of each image draw from a generator seeded with ``seed``.
     """
     method.eval()
-    read = reader(method, split, False, torch.Generator().manual_seed(seed))
-    batches = torch.arange(len(split)).split(
-        8 if method.reads == "views" else batch_size
-    )
+    read = reader(method, split, torch.Generator().manual_seed(seed))
+    views = "views" in (method.reads_at_test or method.reads).split("+")
+    batches = torch.arange(len(split)).split(8 if views else batch_size)
     return torch.cat(
         [method.logits(read(indices)).argmax(dim=-1).cpu() for indices in batches]
     )
@@ -400,54 +316,42 @@ def accuracy(method: Method, split, batch_size: int = 100, seed: int = 0) -> flo
 def _identity(method, dataset, recipe, seed) -> str:
     """What must agree for one run to go on from another's checkpoint."""
     run = {
-        "method": method.spec,
-        "hparams": method.hparams,
-        "classnames": method.classnames,
-        "clip": method.clip.fingerprint,
-        "train": [
-            dataset.train.key,
-            dataset.train.rows.tolist(),
-            dataset.train.labels.tolist(),
-        ],
+        "method": method.describe(),
+        "data": dataset.identity,
         "recipe": asdict(recipe),
         "seed": seed,
     }
-    return hashlib.sha256(
-        json.dumps(run, sort_keys=True, default=str).encode()
-    ).hexdigest()
+    text = json.dumps(run, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parts(method):
-    """A method and the hosts inside it, by their names in the module tree."""
-    return [
-        (name, part)
-        for name, part in method.named_modules()
-        if isinstance(part, Method)
-    ]
+    """A method and the methods inside it, by their names in the module tree."""
+    parts = method.named_modules()
+    return [(name, part) for name, part in parts if isinstance(part, Method)]
 
 
-def _save_checkpoint(path, run, method, optimizer, generator, history, epochs):
-    state = {
-        "run": run,
-        "epochs": epochs,
-        "method": method.state_dict(),
-        "training_state": {name: part.training_state for name, part in _parts(method)},
-        "optimizer": optimizer.state_dict(),
-        "generator": generator.get_state(),
-        "history": asdict(history),
-    }
-    write_atomically(path, lambda file: torch.save(state, file))
+def _state(method) -> dict:
+    """A copy of what a method learned and remembers."""
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+    kept = {name: dict(part.training_state) for name, part in _parts(method)}
+    return {"method": state, "training_state": kept}
 
 
-def _resume(path, run, method, optimizer, generator, history) -> int:
-    """Restore everything from a checkpoint, if there is one; returns how many epochs
-    are done.
-    """
+def _load_state(method, state) -> None:
+    method.load_state_dict(state["method"])
+    for name, part in _parts(method):
+        part.training_state = dict(state["training_state"][name])
+
+
+def _read_checkpoint(path, run, method) -> dict | None:
+    """The checkpoint of an interrupted run, None if there is none."""
     if not Path(path).exists():
-        return 0
+        return None
     try:
-        state = torch.load(path, map_location=method.clip.device, weights_only=True)
-        mine = state["run"] == run
+        saved = torch.load(path, map_location=method.clip.device, weights_only=True)
+        mine = saved["run"] == run
+        saved["stage"], saved["epochs"], saved["before"], saved["now"]
     except Exception as error:
         raise InputError(
             f"damaged checkpoint {path} ({type(error).__name__}): delete it to start"
@@ -457,11 +361,4 @@ def _resume(path, run, method, optimizer, generator, history) -> int:
         raise InputError(
             f"checkpoint {path} belongs to another run: delete it, or name another file"
         )
-    method.load_state_dict(state["method"])
-    for name, part in _parts(method):
-        part.training_state = state["training_state"][name]
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"].cpu())
-    for name, value in state["history"].items():
-        setattr(history, name, value)
-    return state["epochs"]
+    return saved

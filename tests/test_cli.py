@@ -20,7 +20,7 @@ from promptkit import data, protocols
 from promptkit import method as method_module
 from promptkit.cli import app
 from promptkit.data.images import read_image
-from promptkit.method import load_method, methods
+from promptkit.registry import load_method, methods
 from promptkit.results import save_run
 
 COMMANDS = [

@@ -12,7 +12,7 @@ from test_protocols import tiny
 
 from promptkit import data, protocols
 from promptkit.data.benchmark import TABLE
-from promptkit.method import specs
+from promptkit.registry import specs
 from promptkit.results import load_results
 
 

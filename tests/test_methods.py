@@ -14,8 +14,10 @@ from test_train import NAMES, toy_dataset
 from promptkit.clip import FrozenCLIP
 from promptkit.data import transform
 from promptkit.errors import InputError
-from promptkit.method import Batch, Method, build, load_method, methods, specs
-from promptkit.train import Setting, accuracy, fit, recipe
+from promptkit.method import Batch, Method
+from promptkit.recipe import Setting
+from promptkit.registry import build, load_method, methods, recipe, specs
+from promptkit.train import accuracy, fit
 
 SPECS = specs()
 pytestmark = pytest.mark.parametrize("spec", SPECS)

@@ -16,6 +16,8 @@ from promptkit import chapter as chapters
 from promptkit import data, pages, protocols
 from promptkit.errors import InputError
 from promptkit.pages import equal_host, title
+from promptkit.recipe import Setting
+from promptkit.registry import recipe
 from promptkit.results import (
     check_claim,
     label,
@@ -24,7 +26,6 @@ from promptkit.results import (
     save_claims,
     save_run,
 )
-from promptkit.train import Setting, recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,11 +11,13 @@ from test_train import NAMES, toy_dataset
 
 from promptkit.data import transform
 from promptkit.errors import InputError
-from promptkit.method import Batch, build, load_method
+from promptkit.method import Batch
 from promptkit.methods.tpt import image_views, marginal_entropy
 from promptkit.methods.waffleclip import linked
 from promptkit.prompts import Context, deep_prompts
-from promptkit.train import Recipe, Setting, fit, recipe
+from promptkit.recipe import Recipe, Setting
+from promptkit.registry import build, load_method, recipe
+from promptkit.train import fit
 
 CLEAN = [name.replace("_", " ") for name in NAMES]
 
@@ -114,14 +116,14 @@ def test_kgcoop_takes_its_template_from_the_dataset(tiny_clip):
     dataset = replace(
         toy_dataset(tiny_clip),
         template="a drawing of a {}.",
-        variants={"kgcoop": "a {} drawing."},
+        official="DescribableTextures",
     )
     method = build("kgcoop", tiny_clip, dataset.classnames)
     method.aim(dataset)
-    assert method.template == method.hparams["template"] == "a {} drawing."
+    assert method.option("template") == "a photo of a {}, a type of texture."
     given = build("kgcoop", tiny_clip, dataset.classnames, template="my {}.")
     given.aim(dataset)
-    assert given.template == "my {}."
+    assert given.option("template") == "my {}."
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
@@ -335,14 +337,14 @@ def test_tpt_lowers_the_entropy_of_its_confident_views(tiny_clip, batch):
         toy_dataset(tiny_clip).train.images()[:3], torch.Generator().manual_seed(0)
     )
     assert views.shape[:2] == (3, 8)
-    done = method.adapt(
+    done = method.tune(
         tiny_clip.encode_image(views.flatten(0, 1)).unflatten(0, (3, 8))
     )
     assert done.selected.shape == (3, 2) and (done.losses[-1] < done.losses[0]).all()
     chosen = done.entropy.gather(1, done.selected)
     assert (chosen.amax(1) <= done.entropy.kthvalue(2, dim=1).values + 1e-6).all()
     one = build("tpt", tiny_clip, NAMES, views=3, selection=0.1).eval()
-    assert one.adapt(tiny_clip.encode_image(views[0, :3])[None]).selected.shape == (
+    assert one.tune(tiny_clip.encode_image(views[0, :3])[None]).selected.shape == (
         1,
         1,
     )  # never none
@@ -354,7 +356,7 @@ def test_tpt_without_steps_is_its_host(tiny_clip, batch):
         torch.testing.assert_close(
             method.logits(batch), method.host.logits(batch), rtol=1e-3, atol=1e-3
         )
-    with pytest.raises(InputError, match="not maple"):
+    with pytest.raises(InputError, match="cannot extend maple"):
         build("tpt(maple)", tiny_clip, NAMES)
 
 

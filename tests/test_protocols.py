@@ -22,20 +22,12 @@ from promptkit import protocols
 from promptkit.clip import FrozenCLIP
 from promptkit.data import Dataset, Split
 from promptkit.errors import InputError
-from promptkit.method import load_method
-from promptkit.protocols import (
-    Run,
-    SweepError,
-    base_to_new,
-    cross_dataset,
-    estimate,
-    execute,
-    few_shot,
-    prepare,
-    sweep,
-    tune,
-)
+from promptkit.grids import SweepError, sweep
+from promptkit.protocols import base_to_new, cross_dataset, few_shot
+from promptkit.registry import load_method
 from promptkit.results import COLUMNS, harmonic_mean, load_results, read_run
+from promptkit.runs import Run, estimate, execute, prepare
+from promptkit.tuning import tune
 
 NAMES = ["red square", "green_circle", "blue star", "teapot", "pug", "van"]
 QUICK = {"epochs": 2, "batch_size": 8, "n_ctx": 2, "init": "", "progress": False}
@@ -509,7 +501,7 @@ def test_parallel_runs_on_a_dask_cluster():
 SWEEP = """
 import sys
 from test_protocols import toy, tiny
-from promptkit.protocols import sweep
+from promptkit.grids import sweep
 sweep("few-shot", [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})], toy(), range(1, 101), [4],
       clip=tiny(), results=sys.argv[1], progress=False)
 """

@@ -12,27 +12,11 @@ from torch import nn
 
 from promptkit.data import Dataset, Split, transform
 from promptkit.errors import InputError
-from promptkit.method import (
-    _REGISTRY,
-    Batch,
-    Method,
-    Plugin,
-    build,
-    load_method,
-    register,
-)
-from promptkit.train import (
-    DivergedError,
-    History,
-    Recipe,
-    Setting,
-    accuracy,
-    fit,
-    for_profile,
-    learning_rate,
-    recipe,
-    shuffled,
-)
+from promptkit.method import REGISTRY, Batch, Method, register
+from promptkit.plugin import Plugin
+from promptkit.recipe import Recipe, Setting, for_profile, learning_rate
+from promptkit.registry import build, from_official, load_method, recipe
+from promptkit.train import DivergedError, History, accuracy, fit, shuffled
 
 NAMES = ["red square", "green_circle", "blue star", "an old, grey teapot", "pug"]
 
@@ -317,9 +301,7 @@ def test_other_classes_than_the_method_s_are_refused(tiny_clip, dataset):
 def test_zero_shot_fits_at_once_and_takes_the_dataset_s_template(tiny_clip, dataset):
     method = build("clip", tiny_clip, NAMES[:2])
     method.aim(dataset)
-    assert (
-        method.hparams["template"] == dataset.template and len(method.classnames) == 5
-    )
+    assert method.option("template") == dataset.template and len(method.classnames) == 5
     assert fit(method, dataset, recipe("clip", Setting()), progress=False) == History()
 
 
@@ -361,10 +343,10 @@ def normalised(clip, split):
 @pytest.fixture
 def registry():
     """Toy methods registered by a test leave the registry when it ends."""
-    known = dict(_REGISTRY)
+    known = dict(REGISTRY)
     yield
-    _REGISTRY.clear()
-    _REGISTRY.update(known)
+    REGISTRY.clear()
+    REGISTRY.update(known)
 
 
 class Shift(Method):
@@ -497,7 +479,7 @@ def test_training_free_methods_only_prepare(tiny_clip, dataset, tmp_path, regist
             super().__init__(clip, classnames)
             self.register_buffer("keys", None)
 
-        def prepare(self, dataset, recipe, generator):
+        def prepare(self, dataset, recipe, generator, stage):
             self.keys = self.image_features(
                 normalised(self.clip, dataset.train)
             )  # (N, E)
@@ -564,8 +546,8 @@ def test_plugins_nest_save_and_scale_their_rates(
     assert torch.equal(loaded.logits(batch), re_aimed)
     loaded.set_classes(NAMES)
     assert torch.equal(loaded.logits(batch), trained)
-    official = Head.from_official(
-        tiny_clip, NAMES, {"WEIGHT": 0.3, "SCALE": 3.0}, host="shift"
+    official = from_official(
+        "head(shift)", tiny_clip, NAMES, {"WEIGHT": 0.3, "SCALE": 3.0}
     )
     assert (
         official.hparams == {"weight": 0.3, "host": {"scale": 3.0}}
@@ -579,7 +561,7 @@ def test_plugins_nest_save_and_scale_their_rates(
     official.load_official(state)
     assert official.host.vector.sum() == tiny_clip.embed_dim
     with pytest.raises(InputError, match="did you mean 'SCALE'"):
-        Head.from_official(tiny_clip, NAMES, {"SCALES": 3.0}, host="shift")
+        from_official("head(shift)", tiny_clip, NAMES, {"SCALES": 3.0})
     for bad in (
         "head",
         "shift(shift)",

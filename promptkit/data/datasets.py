@@ -98,6 +98,38 @@ class Dataset:
     shifts: tuple[str, ...] = ()
     source_rows: list[int] | None = None
     variants: dict = field(default_factory=dict)
+    official: str = ""
+    world: str = "real"
+    pool: Split | None = None
+    pool_classnames: list = field(default_factory=list)
+
+    @property
+    def descriptions(self):
+        return self.facts
+
+    @property
+    def identity(self):
+        import hashlib
+
+        t = [self.classnames] + [
+            [s.key, s.rows.tolist(), s.labels.tolist()]
+            for s in (self.train, self.val, self.test)
+        ]
+        return hashlib.sha256(repr(t).encode()).hexdigest()
+
+    @property
+    def unlabelled(self):
+        s = self.pool or self.train
+        return replace(s, labels=torch.full_like(s.labels, -1))
+
+    def for_training(self):
+        return replace(
+            self,
+            test=self.test.take([]),
+            val=self.val.take([])
+            if self.val.key == self.test.key and self.val.key
+            else self.val,
+        )
 
 
 def list_datasets() -> list[str]:
@@ -154,6 +186,7 @@ def _real(name, root, changed):
         templates=templates,
         shifts=entry.shifts,
         variants=entry.variants,
+        official=entry.loader,
     )
     return from_listing(name, entry.title, listing, **more)
 
@@ -219,7 +252,13 @@ def _mini(name):
         if task.template != PLAIN
         else ENSEMBLE
     )
-    more = dict(templates=templates, facts=facts(task), shifts=shifts, source_rows=rows)
+    more = dict(
+        templates=templates,
+        facts=facts(task),
+        shifts=shifts,
+        source_rows=rows,
+        world="mini",
+    )
     return Dataset(name, title, task.classnames, task.template, **splits, **more)
 
 

@@ -21,12 +21,16 @@ BICUBIC = InterpolationMode.BICUBIC
 
 
 def transform(
-    clip, images, augment: bool = False, generator: torch.Generator | None = None
+    clip,
+    images,
+    augment: bool = False,
+    generator: torch.Generator | None = None,
+    crop: tuple[float, float] = (0.08, 1.0),
 ) -> torch.Tensor:
     """Images as `clip` wants them: (B, 3, S, S) float, normalised, on its device.
 
     Testing: shorter side to S, centre crop. Training (`augment`): a random crop of
-    8-100 % of the area and 3/4-4/3 in shape, resized, flipped in half of the cases; the
+    a share (`crop`) of the area and 3/4-4/3 in shape, resized, flipped in half of the cases; the
     same for every method, as in CoOp's code (Zhou et al. 2022). Both resize by PIL,
     bicubic.
 
@@ -43,7 +47,7 @@ def transform(
         x = images
     else:
         crops = [
-            _draw_crop(image.shape, generator) if augment else None for image in images
+            _draw_crop(image.shape, generator, crop) if augment else None for image in images
         ]
         x = torch.stack(
             list(workers().map(_resize, images, crops, [size] * len(images)))
@@ -62,7 +66,7 @@ def _resize(image, crop, size):  # (3, H, W) uint8 -> (3, S, S) uint8
     return pil.pil_to_tensor(image)
 
 
-def _draw_crop(shape, generator):
+def _draw_crop(shape, generator, share=(0.08, 1.0)):
     """(top, left, height, width, whether to flip), by the rule of torchvision's
     RandomResizedCrop.
     """
@@ -70,7 +74,7 @@ def _draw_crop(shape, generator):
     for _ in range(10):
         area, log_ratio = torch.rand(2, generator=generator).tolist()
         area, ratio = (
-            height * width * (0.08 + 0.92 * area),
+            height * width * (share[0] + (share[1] - share[0]) * area),
             (4 / 3) ** (2 * log_ratio - 1),
         )
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)

@@ -7,8 +7,11 @@ ICML 2021; arXiv 2103.00020. The templates are those of the prompt-learning benc
 """
 
 from promptkit.clip import zero_shot_features
-from promptkit.method import Method, expect, register
-from promptkit.train import Recipe
+from promptkit.errors import expect
+from promptkit.method import Method, register
+from promptkit.recipe import Recipe
+
+PLAIN = "a photo of a {}."
 
 
 @register
@@ -37,6 +40,9 @@ class CLIP(Method):
     year = 2021
     paper = "2103.00020"
     kind = "zero-shot"
+    supervision = "none"
+    seeded = False
+    from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "template": "template",
         "dataset": None,
@@ -45,9 +51,7 @@ class CLIP(Method):
 
     def __init__(self, clip, classnames, *, template: str | list[str] | None = None):
         super().__init__(clip, classnames)
-        self.given = template is not None
-        template = template if self.given else "a photo of a {}."
-        templates = [template] if isinstance(template, str) else list(template)
+        templates = self.templates
         fine = bool(templates) and all("{}" in t for t in templates)
         expect(
             fine,
@@ -55,21 +59,17 @@ class CLIP(Method):
             template,
             "one sentence or more, each with {} in place of the class name",
         )
-        self.templates = templates
 
-    def aim(self, dataset):
-        """Take over the dataset's classes and, unless a template was asked for, its
-        template.
-        """
-        if not self.given:
-            self.templates = [dataset.template]
-            self.hparams["template"] = dataset.template
-        super().aim(dataset)
+    @property
+    def templates(self) -> list[str]:
+        """The sentences as they stand."""
+        template = self.option("template")
+        return [template] if isinstance(template, str) else list(template)
 
     def text_features(self, image_features=None):
         return zero_shot_features(self.clip, self.classnames, self.templates)  # (C, E)
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """Nothing is learned."""
         return Recipe(epochs=0, augment=False)

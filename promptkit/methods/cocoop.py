@@ -11,10 +11,10 @@ published code takes one image at a time.
 import torch.nn.functional as F
 from torch import nn
 
-from promptkit.errors import InputError
-from promptkit.method import Method, expect, register
+from promptkit.errors import expect
+from promptkit.method import Method, register
 from promptkit.prompts import Context
-from promptkit.train import Recipe
+from promptkit.recipe import Recipe
 
 
 class MetaNet(nn.Module):
@@ -70,26 +70,17 @@ class CoCoOp(Method):
         )
         self.meta_net = MetaNet(clip.embed_dim, clip.width)
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        self.context.set_classes(self.classnames)
-
-    def shift(self, image_features):
+    def shift(self, image_features, normalize=True):
         """pi, (B, D): what images with features (B, E) add to every vector of the
         context.
         """
-        return self.meta_net(F.normalize(image_features, dim=-1))
+        if normalize:
+            image_features = F.normalize(image_features, dim=-1)
+        return self.meta_net(image_features)
 
-    def text_features(self, image_features=None):
-        if image_features is None:
-            raise InputError(
-                "CoCoOp's class features depend on the image: pass image_features,"
-                " (B, E)"
-            )
-        vectors = (
-            self.context.vectors + self.shift(image_features)[:, None, None]
-        )  # (B, 1, M, D)
-        return self.clip.text(self.context.prompt(vectors))  # (B, C, E)
+    def vectors(self, image_features=None, normalize=True):
+        shift = self.shift(image_features, normalize)[:, None, None]  # (B, 1, 1, D)
+        return self.context.vectors + shift  # (B, 1, M, D)
 
     def official_names(self):
         parts = [
@@ -102,7 +93,7 @@ class CoCoOp(Method):
         }
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """The paper's, the same for all protocols: batches of one image."""
         return Recipe(
             hparams={"n_ctx": 4, "init": "a photo of a"}, epochs=10, batch_size=1

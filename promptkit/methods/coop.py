@@ -9,9 +9,10 @@ class positions included, which the paper does not have.
 
 from typing import Literal
 
-from promptkit.method import Method, expect, register
+from promptkit.errors import expect
+from promptkit.method import Method, register
 from promptkit.prompts import Context
-from promptkit.train import Recipe
+from promptkit.recipe import Recipe
 
 
 @register
@@ -75,18 +76,11 @@ class CoOp(Method):
             class_specific=class_specific and not init,
         )
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        self.context.set_classes(self.classnames)
-
-    def text_features(self, image_features=None):
-        return self.clip.text(self.context.prompt())[0]  # (1, C, E) -> (C, E)
-
     def official_names(self):
         return {"prompt_learner.ctx": "context.vectors"}
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """The paper's few-shot runs; the other protocols as the CoCoOp paper ran them
         (arXiv 2203.05557).
         """

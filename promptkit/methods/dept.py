@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from promptkit.method import Method, Plugin, expect, methods, parse, register
+from promptkit.errors import InputError, expect
+from promptkit.method import Method, register
+from promptkit.plugin import Plugin
 
 
 class Channels(nn.Module):
@@ -140,22 +142,26 @@ class DePT(Plugin):
             image, text
         )
 
-    def loss(self, batch):
-        image, text = self.features(batch)
-        itm = F.cross_entropy(super().score(image, text), batch.labels)
+    def criterion(self, batch, image, text):
+        itm = self.host.criterion(batch, image, text)
         if self.classifier is None:
             cat = F.cross_entropy(self.cat(image, text), batch.labels)
         else:
-            mine = (
-                text[batch.labels]
-                if text.dim() == 2
-                else text[torch.arange(len(text)), batch.labels]
-            )  # (B, E)
+            every = torch.arange(len(image), device=image.device)
+            at = batch.labels if text.dim() == 2 else (every, batch.labels)
+            mine = text[at]  # (B, E)
             both = torch.cat([self.film_text(mine), self.film_image(image)])  # (2B, E)
             cat = F.cross_entropy(self.classifier(both), batch.labels.repeat(2))
-        return (
-            (1 - self.lam) * itm + self.lam * cat + self.regularizer(batch, image, text)
-        )
+        return (1 - self.lam) * itm + self.lam * cat
+
+    def begin(self, classnames):
+        head = None if self.classifier is None else self.classifier.out_features
+        if head not in (None, len(classnames)):
+            raise InputError(
+                f"the second head of {self.spec} was made for {head} classes: build it"
+                f" with the {len(classnames)} that it is to learn"
+            )
+        super().begin(classnames)
 
     def param_groups(self, recipe):
         own = [p for name, p in self.named_parameters() if not name.startswith("host.")]
@@ -181,12 +187,11 @@ class DePT(Plugin):
         return names
 
     @classmethod
-    def recipe(cls, setting, host):
+    def recipe(cls, setting):
         """The published code's for its hosts, the same for all protocols; another host
         keeps its own.
         """
-        name, inner = parse(host)
-        recipe = methods()[name].recipe(setting, inner)
+        recipe, name = setting.host.recipe, setting.host.names[-1]
         published = {
             "coop": {"n_ctx": 16},
             "cocoop": {},

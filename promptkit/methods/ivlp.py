@@ -12,12 +12,12 @@ Deviations: prompts are kept in float32, where the papers' runs use half precisi
 import torch
 from torch import nn
 
-from promptkit.clip import zero_shot_features
-from promptkit.method import Method, expect, register
+from promptkit.errors import expect
+from promptkit.method import Method, register
 from promptkit.methods.maple import overwriting_context
 from promptkit.prompts import deep_prompts
+from promptkit.recipe import Recipe
 from promptkit.towers import Replace
-from promptkit.train import Recipe
 
 
 @register
@@ -51,6 +51,7 @@ class IVLP(Method):
     year = 2023
     paper = "2307.06948"
     kind = "multi-modal prompt"
+    reads = "images"
     official_hyperparameters = {
         "n_ctx_text": "n_ctx",
         "n_ctx_vision": "n_ctx_vision",
@@ -85,32 +86,24 @@ class IVLP(Method):
         )
         self.deep = prompts(text - 1, n_ctx, clip.width)
         self.vision = prompts(vision, n_ctx_vision, clip.vision_width)
+        if not vision:  # the image tower's features are CLIP's own, and can be cached
+            self.reads = self.reads_at_test = "features"
 
-    @property
-    def reads(self):
-        """Without prompts in the image tower its features are CLIP's own, and can be
-        cached.
-        """
-        return "images" if len(self.vision) else "features"
-
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        if self.context:
-            self.context.set_classes(self.classnames)
-
-    def text_features(self, image_features=None):
+    def text_edit(self):
         if self.context is None:
-            return zero_shot_features(self.clip, self.classnames, "a photo of a {}.")
-        edit = Replace({i: (1, p) for i, p in enumerate(self.deep, start=1)})
-        return self.clip.text(self.context.prompt(), edit)[0]  # (C, E)
+            return None
+        start = self.context.start
+        return Replace({i: (start, p) for i, p in enumerate(self.deep, start=1)})
 
-    def image_features(self, images):
+    def image_prompt(self):
+        return self.vision[0] if len(self.vision) else None
+
+    def image_edit(self):
         if not len(self.vision):
-            return self.clip.encode_image(images)
+            return None
         behind = self.clip.image_tower.length  # the class token and the patches
-        first, *deep = self.vision
-        edit = Replace({i: (behind, p) for i, p in enumerate(deep, start=1)})
-        return self.clip.image(images, prompt=first, edit=edit)  # (B, E)
+        deep = list(self.vision)[1:]
+        return Replace({i: (behind, p) for i, p in enumerate(deep, start=1)})
 
     def official_names(self):
         names = {"prompt_learner.ctx": "context.vectors"} if self.context else {}
@@ -126,7 +119,7 @@ class IVLP(Method):
         return names
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """PromptSRC's, without its regularisers."""
         transfer = setting.protocol in ("cross-dataset", "domain-generalization")
         hparams = {"depth": 3, "depth_vision": 3} if transfer else {}

@@ -13,10 +13,11 @@ import copy
 import torch
 from torch import nn
 
-from promptkit.method import Method, expect, register
+from promptkit.errors import expect
+from promptkit.method import Method, register
 from promptkit.prompts import Context, deep_prompts
+from promptkit.recipe import Recipe
 from promptkit.towers import Replace
-from promptkit.train import Recipe
 
 
 @register
@@ -85,23 +86,17 @@ class MaPLe(Method):
         )  # all start equal, and part in training
         self.couple_deep = nn.ModuleList(copy.deepcopy(projection) for _ in prompts)
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        self.context.set_classes(self.classnames)
+    def text_edit(self):
+        start = self.context.start
+        return Replace({i: (start, p) for i, p in enumerate(self.deep, start=1)})
 
-    def text_features(self, image_features=None):
-        edit = Replace({i: (1, p) for i, p in enumerate(self.deep, start=1)})
-        return self.clip.text(self.context.prompt(), edit)[0]  # (C, E)
+    def image_prompt(self):
+        return self.couple(self.context.vectors)  # (n, Dv)
 
-    def image_features(self, images):
+    def image_edit(self):
         behind = self.clip.image_tower.length  # the class token and the patches
-        coupled = [
-            A(p) for A, p in zip(self.couple_deep, self.deep, strict=True)
-        ]  # (n, Dv) each
-        edit = Replace({i: (behind, p) for i, p in enumerate(coupled, start=1)})
-        return self.clip.image(
-            images, prompt=self.couple(self.context.vectors), edit=edit
-        )  # (B, E)
+        coupled = [A(p) for A, p in zip(self.couple_deep, self.deep, strict=True)]
+        return Replace({i: (behind, p) for i, p in enumerate(coupled, start=1)})
 
     def official_names(self):
         names = {
@@ -118,7 +113,7 @@ class MaPLe(Method):
         return {f"prompt_learner.{official}": ours for official, ours in names.items()}
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """The paper's; few-shot runs, which it has not, take the settings of
         base-to-new.
         """

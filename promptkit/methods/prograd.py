@@ -14,16 +14,21 @@ import torch
 import torch.nn.functional as F
 
 from promptkit.clip import zero_shot_features
-from promptkit.data.benchmark import TABLE
-from promptkit.method import expect, register
+from promptkit.errors import expect
+from promptkit.method import register
 from promptkit.methods.coop import CoOp
 from promptkit.prompts import Context
 
 # The class name comes last, so that the words before it can start the context: the
 # paper's, and the mini world's.
 TEMPLATES = {
-    name: entry.variants.get("prograd", entry.template) for name, entry in TABLE.items()
-} | {
+    "oxford_pets": "a type of pet, a photo of a {}.",
+    "oxford_flowers": "a type of flower, a photo of a {}.",
+    "food101": "a type of food, a photo of {}.",
+    "fgvc_aircraft": "a type of aircraft, a photo of a {}.",
+    "dtd": "a texture of {}.",
+    "eurosat": "a centered satellite photo of {}.",
+    "ucf101": "a photo of a person doing {}.",
     "pets": "a type of pet, a photo of a {}.",
     "cars": "a type of car, a photo of a {}.",
     "flowers": "a type of flower, a photo of a {}.",
@@ -133,44 +138,38 @@ class ProGrad(CoOp):
         """
         return zero_shot_features(self.clip, self.classnames, self.template)
 
-    def losses(self, image, text, labels):
-        """Cross-entropy and divergence, both (), of features (B, E) and (C, E)."""
+    def divergence(self, image, text):
+        """From the teacher's predictions, (), of features (B, E) and (C, E)."""
         T, logits = self.temperature, self.score(image, text)  # (B, C)
         with torch.no_grad():
             target = (self.score(image, self.teacher) / T).softmax(dim=-1)
-        return F.cross_entropy(logits, labels), T**2 * F.cross_entropy(
-            logits / T, target
-        )
+        return T**2 * F.cross_entropy(logits / T, target)
 
-    def gradients(self, batch):
-        """Cross-entropy, (), and for each parameter tensor g_d and g_g: two backward
-        passes of one forward.
+    def gradients(self, batch, outer=None):
+        """The loss, (), and for each parameter tensor g_d and g_g, None where one does
+        not reach it: two backward passes of one forward.
         """
-        image, text = self.features(batch)
-        leaf = (
-            text.detach().requires_grad_()
-        )  # what both losses share above it costs nothing twice
-        losses = self.losses(image, leaf, batch.labels)
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        gradients = []
-        for loss in losses:
-            (by_text,) = torch.autograd.grad(loss, leaf, retain_graph=True)  # (C, E)
-            gradients.append(
-                torch.autograd.grad(
-                    text, parameters, by_text, retain_graph=not gradients
-                )
-            )
-        return losses[0].detach(), *gradients
+        outer = outer or self
+        image, text = outer.features(batch)
+        loss = outer.criterion(batch, image, text)
+        loss += outer.regularizer(batch, image, text)
+        learned = [p for p in outer.parameters() if p.requires_grad]
+        domain = torch.autograd.grad(loss, learned, retain_graph=True)
+        general = torch.autograd.grad(
+            self.divergence(image, text), learned, allow_unused=True
+        )
+        return loss.detach(), domain, general
 
-    def backward(self, batch):
-        loss, domain, general = self.gradients(batch)
-        learned = [p for p in self.parameters() if p.requires_grad]
+    def backward(self, batch, outer=None):
+        loss, domain, general = self.gradients(batch, outer)
+        learned = [p for p in (outer or self).parameters() if p.requires_grad]
         for p, g_d, g_g in zip(learned, domain, general, strict=True):
-            direction = F.normalize(
-                g_g.flatten(), dim=0
-            )  # zero where student and teacher agree
-            against = (g_d.flatten() @ direction).clamp(max=0)
-            p.grad = g_d - self.lam * against * direction.view_as(g_d)
+            p.grad = g_d
+            if g_g is not None:
+                # Zero where student and teacher agree.
+                direction = F.normalize(g_g.flatten(), dim=0)
+                against = (g_d.flatten() @ direction).clamp(max=0)
+                p.grad = g_d - self.lam * against * direction.view_as(g_d)
         return loss
 
     @classmethod
@@ -179,7 +178,7 @@ class ProGrad(CoOp):
         return ours | ({"words": bool(ours["words"])} if "words" in ours else {})
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """The paper's: less is removed with many shots of data that CLIP knows little
         of.
         """

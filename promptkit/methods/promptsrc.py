@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from promptkit.data import MINI_TASKS
-from promptkit.method import expect, register
+from promptkit.errors import expect
+from promptkit.method import register
 from promptkit.methods.ivlp import IVLP
 
 # OpenAI's templates for ImageNet, those that the published code uses and in its order.
@@ -38,6 +38,12 @@ TEMPLATES = [
     "a photo of a nice {}.", "a photo of a weird {}.", "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.",
     "a sketch of the {}.", "a embroidered {}.", "a pixelated photo of a {}.", "itap of the {}.",
 ]  # fmt: skip
+
+
+def templates_of(dataset) -> list[str]:
+    """The 60; in the mini world, whose CLIP never read them, its own."""
+    mini = dataset is not None and dataset.world == "mini"
+    return list(dataset.templates) if mini else TEMPLATES
 
 
 @register
@@ -73,6 +79,8 @@ class PromptSRC(IVLP):
     name = "promptsrc"
     title = "PromptSRC"
     reads = "images+features"
+    reads_at_test = "images"
+    from_dataset = {"templates": templates_of}
     official_hyperparameters = IVLP.official_hyperparameters | {
         "text_loss_weight": "text_weight",
         "image_loss_weight": "image_weight",
@@ -120,10 +128,7 @@ class PromptSRC(IVLP):
         for name, weight in weights.items():
             expect(weight >= 0, name, weight, "at least 0")
         expect(gpa_std > 0, "gpa_std", gpa_std, "above 0")
-        self.given, templates = (
-            templates is not None,
-            TEMPLATES if templates is None else templates,
-        )
+        templates = self.option("templates")
         fine = len(templates) > 0 and all("{}" in template for template in templates)
         expect(
             fine,
@@ -131,29 +136,22 @@ class PromptSRC(IVLP):
             templates,
             "one sentence or more, each with {} in place of the class name",
         )
-        self.weights, self.templates = tuple(weights.values()), list(templates)
+        self.weights = tuple(weights.values())
         self.averaging, self.gpa_mean, self.gpa_std = averaging, gpa_mean, gpa_std
-
-    def aim(self, dataset):
-        """Take over the classes; in the mini world, whose CLIP never read the 60
-        templates, its templates too.
-        """
-        if not self.given and dataset.name in MINI_TASKS:
-            self.templates = self.hparams["templates"] = list(dataset.templates)
-        super().aim(dataset)
 
     @cached_property
     def anchor(self):
         """w', (C, E), normalised: the mean of the templates' raw features, computed
         when training first asks.
         """
+        templates = self.option("templates")
         texts = [
             template.replace("{}", name)
-            for template in self.templates
+            for template in templates
             for name in self.classnames
         ]
         features = self.clip.encode_text(texts).view(
-            len(self.templates), len(self.classnames), -1
+            len(templates), len(self.classnames), -1
         )  # (K, C, E)
         return F.normalize(features.mean(0), dim=-1)
 
@@ -227,7 +225,7 @@ class PromptSRC(IVLP):
         return ours
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """The paper's, with the average of each protocol."""
         base = super().recipe(setting)
         if setting.protocol in ("cross-dataset", "domain-generalization"):

@@ -22,11 +22,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-from promptkit.errors import InputError
-from promptkit.method import Method, Plugin, expect, register
+from promptkit.errors import InputError, expect
+from promptkit.method import Method, register
 from promptkit.methods.cocoop import CoCoOp
 from promptkit.methods.coop import CoOp
-from promptkit.train import Recipe
+from promptkit.plugin import Plugin
+from promptkit.recipe import Recipe
 
 
 @dataclass
@@ -77,8 +78,14 @@ class TPT(Plugin):
     year = 2022
     paper = "2209.07511"
     kind = "test-time"
+    reads_at_test = "views"
+    replaces = (
+        "score", "adapt", "text_features", "text_edit", "image_features",
+        "image_prompt", "image_edit",
+    )  # fmt: skip
+    from_dataset = {"augmix": lambda dataset: mixes(dataset)}
     hosts = ("coop", "cocoop")
-    default_host = ("coop", {"init": "a photo of a"})
+    default_host = (CoOp, {"init": "a photo of a"})
     official_hyperparameters = {
         "selection_p": "selection",
         "tta_steps": "steps",
@@ -98,7 +105,7 @@ class TPT(Plugin):
         decay: float = 1e-2,
         augmix: bool | None = None,
     ):
-        if not isinstance(host, CoOp | CoCoOp):
+        if getattr(host, "context", None) is None:
             raise InputError(
                 "TPT tunes a context: its host must be CoOp, CoCoOp or KgCoOp, say,"
                 f" not {host.spec}"
@@ -111,27 +118,6 @@ class TPT(Plugin):
         expect(decay >= 0, "decay", decay, "at least 0")
         self.n_views, self.selection, self.steps = views, selection, steps
         self.step_size, self.decay = step_size, decay
-        self.augmix, self.mixes = augmix, bool(augmix)
-
-    @property
-    def reads(self):
-        """Training is the host's; a test image is read as views."""
-        return self.host.reads if self.training else "views"
-
-    def aim(self, dataset):
-        super().aim(dataset)
-        plain = dataset.name.partition("-")[0].partition("_")[0] in (
-            "mini",
-            "imagenet",
-            "imagenetv2",
-        )
-        self.mixes = not plain if self.augmix is None else self.augmix
-
-    def backward(self, batch):
-        return self.host.backward(batch)
-
-    def loss(self, batch):
-        return self.host.loss(batch)
 
     def views(self, images, generator):
         """The views of images: (B, V, 3, S, S), normalised, the centre crop first.
@@ -151,7 +137,11 @@ class TPT(Plugin):
             torch.manual_seed(seed)
             stacks = [
                 image_views(
-                    v2.functional.to_pil_image(x), self.n_views, size, self.mixes, rng
+                    v2.functional.to_pil_image(x),
+                    self.n_views,
+                    size,
+                    self.option("augmix"),
+                    rng,
                 )
                 for x in images
             ]
@@ -173,20 +163,22 @@ class TPT(Plugin):
         features = self.clip.encode_image(
             views.flatten(0, 1).to(self.clip.device)
         )  # (B * V, E)
-        return self.adapt(features.unflatten(0, views.shape[:2])).logits
+        return self.tune(features.unflatten(0, views.shape[:2])).logits
 
     def start(self, image):
         """The context (B, 1 or C, M, D) that images with features (B, E) start from."""
-        vectors = self.host.context.vectors.detach()  # (M, D) or (C, M, D)
-        if isinstance(self.host, CoCoOp):
-            return (
-                vectors + self.host.meta_net(image)[:, None, None].detach()
-            )  # (B, 1, M, D)
-        vectors = vectors if vectors.dim() == 3 else vectors[None]
-        return vectors.expand(len(image), -1, -1, -1).clone()
+        host = self.host
+        if host.conditional:
+            vectors = host.vectors(image, normalize=False)
+        else:
+            vectors = host.vectors()
+        if vectors.dim() < 4:  # the same for every image
+            vectors = vectors if vectors.dim() == 3 else vectors[None]
+            vectors = vectors.expand(len(image), -1, -1, -1)
+        return vectors.detach().clone()
 
     @torch.enable_grad()
-    def adapt(self, image) -> Adapted:
+    def tune(self, image) -> Adapted:
         """Tune the context for each of B images, given the features of their views, (B,
         V, E).
         """
@@ -236,17 +228,13 @@ class TPT(Plugin):
             gradient,
         )
 
-    def load_official(self, state):
-        """The host's checkpoint; this method's code calls CoCoOp's learner
-        "prompt_generator".
-        """
-        state = state.get("state_dict", state)
-        super().load_official(
-            {
-                key.replace("prompt_generator.", "prompt_learner."): v
-                for key, v in state.items()
-            }
-        )
+    def official_state(self, state):
+        """This method's code calls CoCoOp's learner "prompt_generator"."""
+        renamed = {
+            key.replace("prompt_generator.", "prompt_learner."): value
+            for key, value in state.items()
+        }
+        return super().official_state(renamed)
 
     @classmethod
     def from_official(cls, clip, classnames, hyperparameters, *, host="", **objects):
@@ -276,13 +264,18 @@ class TPT(Plugin):
         )
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """Nothing is trained; over a host, the host is."""
-        return (
-            Recipe(epochs=0, augment=False)
-            if host is None
-            else super().recipe(setting, host)
-        )
+        if setting.host is None:
+            return Recipe(epochs=0, augment=False)
+        return super().recipe(setting)
+
+
+def mixes(dataset) -> bool:
+    """AugMix, but on ImageNet and its shifts, and on what takes their place."""
+    if dataset is None:
+        return False
+    return not dataset.shifts and dataset.source_rows is None
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:

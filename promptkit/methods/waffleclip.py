@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from promptkit.errors import InputError
-from promptkit.method import Method, expect, register
-from promptkit.train import Recipe
+from promptkit.errors import InputError, expect
+from promptkit.method import Method, register
+from promptkit.recipe import Recipe
 
 N_WORDS = 4330  # of the default list; the published one is as long
 
@@ -72,6 +72,13 @@ class WaffleCLIP(Method):
     year = 2023
     paper = "2306.07282"
     kind = "training-free"
+    supervision = "none"
+    from_dataset = {
+        "descriptors": lambda dataset: dataset.descriptions if dataset else {},
+        "underscores": lambda dataset: (
+            dataset is not None and any("_" in name for name in dataset.classnames)
+        ),
+    }
     official_hyperparameters = {
         "mode": "mode",
         "concept": "concept",
@@ -114,32 +121,21 @@ class WaffleCLIP(Method):
             pairs,
             aggregate,
         )
-        self.given = descriptors is not None
-        self.descriptors = _by_name(descriptors or {})
-        self.words, self.underscores, self.asked = (
-            words,
-            bool(underscores),
-            underscores is not None,
-        )
+        self.words = words
         drawn = (
             torch.randint(2**31, ()) if repetition is None else torch.tensor(repetition)
         )
         self.register_buffer("repetition", drawn)
 
-    def aim(self, dataset):
-        """Take over the dataset's classes and, unless they were given, its
-        descriptors.
-        """
-        if not self.given:
-            self.descriptors, self.hparams["descriptors"] = (
-                _by_name(dataset.facts),
-                dataset.facts,
-            )
-        if not self.asked:
-            self.underscores = self.hparams["underscores"] = any(
-                "_" in name for name in dataset.classnames
-            )
-        super().aim(dataset)
+    @property
+    def descriptors(self) -> dict[str, list[str]]:
+        """Those of each class, as they stand."""
+        return _by_name(self.option("descriptors"))
+
+    @property
+    def underscores(self) -> bool:
+        """Whether the names have underscores for spaces."""
+        return self.option("underscores")
 
     def sentences(self) -> list[list[str]]:
         """The sentences of each class."""
@@ -160,14 +156,16 @@ class WaffleCLIP(Method):
         features = F.normalize(
             self.clip.encode_text([text for texts in lists for text in texts]), dim=-1
         )
-        self._parts = features.split([len(texts) for texts in lists])  # (n_c, E) each
-        return torch.stack([part.mean(dim=0) for part in self._parts])
+        parts = features.split([len(texts) for texts in lists])  # (n_c, E) each
+        if self.aggregate == "max":
+            return parts
+        return torch.stack([part.mean(dim=0) for part in parts])
 
     def score(self, image, text):
         image = F.normalize(image, dim=-1)
         if self.aggregate == "max":
             cosine = torch.stack(
-                [(image @ part.T).amax(dim=-1) for part in self._parts], dim=-1
+                [(image @ part.T).amax(dim=-1) for part in text], dim=-1
             )
         else:
             cosine = (
@@ -294,7 +292,7 @@ class WaffleCLIP(Method):
         )
 
     @classmethod
-    def recipe(cls, setting, host=None):
+    def recipe(cls, setting):
         """Nothing is learned."""
         return Recipe(epochs=0, augment=False)
 

@@ -16,7 +16,7 @@ import torch
 from promptkit.data import Dataset, Split, base_new, few_shot
 from promptkit.data.benchmark import PARTS, TABLE, cut_two, read
 from promptkit.data.datasets import draw, from_listing
-from promptkit.train import Recipe, learning_rate
+from promptkit.recipe import Recipe, learning_rate
 
 
 def check_benchmark(clip, fixture, arrays):

@@ -18,8 +18,9 @@ import torch
 from own import ALSO, OWN
 from seeded import seeded, seeded_images
 
-from promptkit.method import Batch, methods
-from promptkit.train import Recipe
+from promptkit.method import Batch
+from promptkit.recipe import Recipe
+from promptkit.registry import from_official, methods
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # logits are scaled by 100
 RELATIVE = {"rtol": 1e-3, "atol": 1e-6}
@@ -147,8 +148,10 @@ def make(cls, clip, fixture, arrays, objects):
     beside = {
         key: fixture[key] for key in fixture if key in cls.official_hyperparameters
     }  # descriptions, ...
-    method = cls.from_official(
-        clip, fixture["classnames"], fixture["hyperparameters"] | beside, **objects
+    others = {key: thing for key, thing in objects.items() if key != "host"}
+    spec = f"{cls.name}({objects['host']})" if "host" in objects else cls.name
+    method = from_official(
+        spec, clip, fixture["classnames"], fixture["hyperparameters"] | beside, **others
     )
     names, state, official = method.official_names(), method.state_dict(), {}
     for group in ("parameters", "frozen_parameters", "teacher_parameters"):

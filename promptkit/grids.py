@@ -1,0 +1,201 @@
+"""Grids of runs: planned, spread over processes, and those that are stored only read."""
+
+import itertools
+from collections.abc import Iterable
+
+import pandas as pd
+from tqdm import tqdm
+
+from promptkit import data
+from promptkit.errors import InputError, unknown
+from promptkit.method import register
+from promptkit.protocols import request
+from promptkit.recipe import PROTOCOLS, TRANSFER
+from promptkit.registry import defined_elsewhere, specs
+from promptkit.results import config_hash, find_run, newest, results_dir, run_rows
+from promptkit.runs import Plan, execute, plan
+from promptkit.workers import (
+    WorkerError,
+    parallel,
+    same_measurement,
+    with_absolute_paths,
+)
+
+
+class SweepError(RuntimeError):
+    """Some runs of a grid failed; all others are stored."""
+
+
+def sweep(
+    protocol: str, methods, datasets, seeds=(1, 2, 3), shots=(16,), *, workers=1,
+    scheduler=None, progress=True, results=None, force=False, **options,
+) -> pd.DataFrame:  # fmt: skip
+    """Run a grid and return all its rows; what is stored already is read and not run
+    again.
+
+    Args:
+        protocol: "few-shot", "base-to-new", "cross-dataset" or "domain-generalization".
+        methods: names, or pairs of a name and a dict of overrides such as
+            ``("coop", {"n_ctx": 4})``.
+        datasets: names or Datasets; for the last two protocols the sources.
+        seeds, shots: lists of them.
+        workers, scheduler, progress, results, force: see :func:`execute_all`.
+        options: fields of :class:`~promptkit.runs.Run`, of the recipe, and
+            hyperparameters, as in :func:`promptkit.protocols.few_shot`.
+
+    Raises:
+        InputError: a run is not possible as it is asked for; nothing has been run then.
+        SweepError: runs failed while the others went on; the text names the first of
+            them.
+    """
+    plans = grid(protocol, methods, datasets, seeds, shots, **options)
+    return execute_all(plans, workers, scheduler, progress, results, force)
+
+
+def grid(
+    protocol: str, methods, datasets, seeds=(1, 2, 3), shots=(16,), **options
+) -> list[Plan]:
+    """The runs of a grid, see :func:`sweep`; a zero-shot method is one run for all
+    shots and seeds.
+    """
+    if protocol not in PROTOCOLS:
+        raise unknown("protocol", protocol, PROTOCOLS)
+    options = dict(options)
+    common, clip = options.pop("overrides", {}), options.pop("clip", "mini")
+    methods = [(m, {}) if isinstance(m, str) else m for m in _list(methods)]
+    plans = {}
+    cells = itertools.product(_list(datasets), _list(shots), methods, _list(seeds))
+    for dataset, n, (method, own), seed in cells:
+        more = options | {"overrides": common | own}
+        planned = plan(request(protocol, method, dataset, n, seed, clip, more))
+        plans.setdefault(config_hash(planned.config), planned)
+    return list(plans.values())
+
+
+def benchmark(
+    methods=None, datasets=None, protocols=PROTOCOLS, seeds=(1, 2, 3), shots=(16,),
+    profile="mini", root=None, **options,
+) -> list[Plan]:  # fmt: skip
+    """The runs of the whole benchmark: methods x datasets x seeds in every protocol.
+
+    The two transfer protocols train on those of the datasets that have shifted versions
+    (ImageNet, the mini world's main set); cross-dataset tests on all the others.
+
+    Args:
+        methods: names, or pairs of a name and a dict of overrides; default: all, see
+            :func:`promptkit.registry.specs`.
+        datasets: names; default: the eleven of the profile's world.
+        profile: "full" is of the real datasets, the others of the mini world.
+        options: as in :func:`sweep`.
+
+    Raises:
+        InputError: a run is not possible as it is asked for.
+    """
+    methods = specs() if methods is None else methods
+    names = datasets or (data.DATASETS if profile == "full" else data.MINI_TASKS)
+    names = list(names)
+    where = {} if root is None else {"root": root}
+    sources = [name for name in names if data.load_dataset(name, **where).shifts]
+    options |= {"profile": profile, "root": root}
+    plans = []
+    for protocol in protocols:
+        if protocol not in TRANSFER:
+            plans += grid(protocol, methods, names, seeds, shots, **options)
+        for source in sources if protocol in TRANSFER else ():
+            others = tuple(name for name in names if name != source)
+            if protocol == "domain-generalization" or others:
+                more = {"targets": others} if protocol == "cross-dataset" else {}
+                plans += grid(
+                    protocol, methods, source, seeds, shots, **options, **more
+                )
+    return plans
+
+
+def execute_all(
+    plans: Iterable[Plan], workers=1, scheduler=None, progress=True, results=None,
+    force=False,
+) -> pd.DataFrame:  # fmt: skip
+    """Execute runs, those that are not stored yet, and return the rows of all.
+
+    A run that fails (its loss diverges, its memory is not enough) does not stop the
+    others.
+
+    Args:
+        workers: processes at the same time, each with one thread.
+        scheduler: address of a Dask scheduler; replaces ``workers``. Its workers must
+            share the results folder.
+        progress: show a bar over the runs, or the training's own if there is but one.
+        results, force: see :func:`promptkit.runs.execute`.
+    """
+    plans = list(plans)
+    alone = workers <= 1 and not scheduler
+    if not alone and not all(planned.run.portable for planned in plans):
+        raise InputError(
+            "parallel workers load model and data themselves: give both by their names"
+        )
+    rows, todo, failures = [], [], []
+    for planned in plans:
+        stored = None
+        if not (force or results is False):
+            stored = find_run(planned.config, results)
+        rows += [] if stored is None else [run_rows(stored)]
+        todo += [planned] if stored is None else []
+    # Other processes get the request and load data and weights themselves; this one has
+    # them at hand.
+    items = todo
+    if not alone:
+        items = [(with_absolute_paths(part.run), part.config) for part in todo]
+    where = results if results is False else str(results_dir(results).resolve())
+    single = len(todo) == 1 and alone
+    arguments = {"results": where, "force": force, "progress": progress and single}
+    if not alone:
+        arguments["classes"] = defined_elsewhere()
+    arguments["failed"] = lambda item, reason: (None, reason)
+    done = parallel(_attempt, items, workers, scheduler, **arguments)
+    title = f"{len(todo)} of {len(plans)} runs to do"
+    hidden = not progress or single or not todo
+    with tqdm(total=len(todo), desc=title, unit="run", disable=hidden) as bar:
+        for item, (table, error) in done:
+            bar.update()
+            if error is None:
+                rows.append(table)
+            else:
+                run = item.run if isinstance(item, Plan) else item[0]
+                name = getattr(run.dataset, "name", run.dataset)
+                failures.append(
+                    f"{run.method} on {name}, {run.shots} shots, seed {run.seed}: {error}"
+                )
+    if failures:
+        raise SweepError(
+            f"{len(failures)} of {len(plans)} runs failed, the others are stored;"
+            f" {failures[0]}"
+        )
+    return newest(rows)
+
+
+def _attempt(item, results, force, progress, classes=()):
+    """(rows, None), or (None, what went wrong).
+
+    Args:
+        item: a plan, or a run and the configuration that its plan has where it was
+            asked for: what this process would measure must be the same.
+        classes: methods that this process cannot import, such as a notebook's.
+    """
+    try:
+        for cls in classes:
+            register(cls)
+        if not isinstance(item, Plan):
+            run, config = item
+            item = plan(run)
+            if reason := same_measurement(config, item.config):
+                raise WorkerError(reason)
+        return execute(item, results, force, progress), None
+    except Exception as error:
+        known = isinstance(error, InputError | WorkerError)
+        return None, str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def _list(value):
+    """A list of what may be one thing (a name, a number, a Dataset) or several."""
+    many = isinstance(value, list | tuple | range | set)
+    return list(value) if many else [value]

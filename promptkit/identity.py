@@ -1,0 +1,123 @@
+"""What a number belongs to: the code, the data and the texts that it was measured with.
+
+A run is found again by all of these, so that an old number never passes for new code, a
+corrected label or another set of images.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import platform
+import sys
+import textwrap
+from functools import cache
+from importlib import import_module, metadata
+
+import torch
+
+from promptkit.errors import InputError
+from promptkit.registry import nesting
+
+# What every number stands on: from names to tokens, through the towers, to a step.
+CORE = (
+    "clip",
+    "frozen",
+    "towers",
+    "prompts",
+    "method",
+    "plugin",
+    "train",
+    "data.features",
+)
+
+
+def of_code(spec: str) -> str:
+    """Hash of the code of a method, of its hosts and of the core they stand on: syntax
+    trees without docstrings.
+
+    So a run is made again when a method changes, wherever it was defined, and not when
+    somebody rewords a comment.
+    """
+    sources = [_module(f"promptkit.{name}") for name in CORE]
+    for cls in nesting(spec):
+        sources += [_class(base) for base in cls.__mro__]
+    return _hash("".join(sources))
+
+
+def of_module(name: str) -> str:
+    """The same of one module of the package."""
+    return _hash(_module(f"promptkit.{name}"))
+
+
+def _class(cls) -> str:
+    module = cls.__module__
+    if module in ("builtins", "abc", "typing") or module.startswith("torch."):
+        return ""
+    if module in ("promptkit.method", "promptkit.plugin"):
+        return ""  # part of the core
+    loaded = sys.modules.get(module)
+    if getattr(loaded, "__file__", None):
+        return _module(module)
+    try:  # a notebook's cell, a prompt
+        return _tree(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):
+        raise InputError(
+            f"the source of {cls.__qualname__} cannot be read, so its results could not"
+            " be told from those of another version: define it in a file or a notebook"
+        ) from None
+
+
+@cache
+def _module(name: str) -> str:
+    return _tree(inspect.getsource(import_module(name)))
+
+
+def _tree(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def of_texts(spec: str, hparams: dict, dataset) -> str:
+    """Hash of what a method takes from a dataset beside its images: templates,
+    descriptions. Empty if it takes nothing.
+    """
+    taken = []
+    for cls in nesting(spec):
+        asked = {name: default for name, (_, default) in cls.hyperparameters().items()}
+        asked |= {key: value for key, value in hparams.items() if key != "host"}
+        for name, take in cls.from_dataset.items():
+            if asked[name] is None:
+                taken.append([cls.name, name, take(dataset)])
+        hparams = hparams.get("host") or {}
+    return _hash(json.dumps(taken, sort_keys=True, default=str)) if taken else ""
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions that a result notes: promptkit, torch, open_clip, python."""
+    found = {"python": platform.python_version()}
+    for key, package in (
+        ("promptkit", "promptkit"),
+        ("torch", "torch"),
+        ("open_clip", "open_clip_torch"),
+    ):
+        try:
+            found[key] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a checkout that is not installed
+            found[key] = "checkout"
+    return found
+
+
+def of_device(device) -> str:
+    """What a result calls a device."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

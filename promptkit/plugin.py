@@ -1,0 +1,184 @@
+"""Plug-ins: methods that extend another method, their host, and so nest:
+``dept(atprompt(maple))``.
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+from promptkit.errors import InputError
+from promptkit.method import Method
+
+
+class Plugin(Method):
+    """A method that extends another one: it passes on to its host what it does not
+    change itself.
+
+    Hooks compose: text features come from this plug-in's :meth:`text_prompt` and
+    :meth:`text_edit`, which are the host's until they are overridden, and so on. So a
+    plug-in extends a hook by overriding it and calling ``super()``. What it overrides
+    without calling its host's it names in ``replaces``: a host that has a hook of its
+    own there is refused, since that would be lost silently.
+
+    Args:
+        host: the method to extend. ``self.host`` holds it, its learnables included.
+
+    Raises:
+        InputError: the host has a hook that the plug-in would leave out.
+    """
+
+    plugin = True
+    supervision = "none"  # beyond its host's
+    hosts: ClassVar[tuple[str, ...]] = ("coop",)  # those of its paper
+    replaces: ClassVar[tuple[str, ...]] = ()
+    # What it extends if no host is named: a class with its hyperparameters; such a host
+    # does not learn.
+    default_host: ClassVar[tuple[type[Method], dict] | None] = None
+
+    def __init__(self, clip, classnames, *, host: Method):
+        super().__init__(clip, classnames)
+        if host.clip is not clip:
+            raise InputError(f"{self.name} and its host stand on two different CLIPs")
+        _check_host(type(self), host)
+        self.host = host
+        self.reads = host.reads
+        self.reads_at_test = type(self).reads_at_test or host.reads_at_test
+        self.conditional = host.conditional
+        self.official_dropped = host.official_dropped
+
+    @property
+    def spec(self):
+        return self.name if self.alone else f"{self.name}({self.host.spec})"
+
+    @property
+    def context(self):
+        """The host's: a plug-in that changes it puts another one there."""
+        return self.host.context
+
+    def nest(self):
+        return [self, *self.host.nest()]
+
+    @property
+    def taught(self):
+        own = set(self.supervision.split("+")) - {"none"}
+        return own | (set() if self.alone else self.host.taught)
+
+    def begin(self, classnames):
+        self.host.begin(classnames)
+        super().begin(classnames)
+
+    def vectors(self, image_features=None, **options):
+        return self.host.vectors(image_features, **options)
+
+    def text_prompt(self, image_features=None):
+        return self.host.text_prompt(image_features)
+
+    def text_edit(self):
+        return self.host.text_edit()
+
+    def text_features(self, image_features=None):
+        if _owner(self.host, "text_features"):
+            return self.host.text_features(image_features)
+        return super().text_features(image_features)
+
+    def image_prompt(self):
+        return self.host.image_prompt()
+
+    def image_edit(self):
+        return self.host.image_edit()
+
+    def image_features(self, images, local=False):
+        if _owner(self.host, "image_features"):
+            return self.host.image_features(images, *([True] if local else []))
+        return super().image_features(images, local)
+
+    def adapt(self, features):
+        return self.host.adapt(features)
+
+    def score(self, image, text):
+        return self.host.score(image, text)
+
+    def criterion(self, batch, image, text):
+        if _owner(self.host, "criterion"):
+            return self.host.criterion(batch, image, text)
+        return super().criterion(batch, image, text)
+
+    def regularizer(self, batch, image, text):
+        return self.host.regularizer(batch, image, text)
+
+    def prepare(self, dataset, recipe, generator, stage):
+        return self.host.prepare(dataset, recipe, generator, stage)
+
+    def param_groups(self, recipe):
+        own = [
+            p
+            for name, p in self.named_parameters()
+            if p.requires_grad and not name.startswith("host.")
+        ]
+        return [*self.host.param_groups(recipe), *([{"params": own}] if own else [])]
+
+    def views(self, images, generator):
+        return self.host.views(images, generator)
+
+    def backward(self, batch, outer=None):
+        return self.host.backward(batch, outer or self)
+
+    def end_epoch(self, epoch, recipe):
+        self.host.end_epoch(epoch, recipe)
+
+    def finish(self, dataset, recipe, generator):
+        self.host.finish(dataset, recipe, generator)
+
+    def official_names(self):
+        names = self.host.official_names()
+        return {official: f"host.{ours}" for official, ours in names.items()}
+
+    def official_state(self, state):
+        return self.host.official_state(state)
+
+    @classmethod
+    def official_hparams(cls, hyperparameters):
+        known = cls.official_hyperparameters
+        own = {k: v for k, v in hyperparameters.items() if k in known}
+        return super().official_hparams(own)
+
+    @classmethod
+    def recipe(cls, setting):
+        """The host's own recipe, unless the plug-in's paper says otherwise."""
+        theirs = setting.host.recipe
+        return replace(theirs, hparams={"host": theirs.hparams})
+
+
+# What stands for a hook made of others: with one of its own, these go unread.
+_COMPOSED = {
+    "text_features": ("text_prompt", "text_edit"),
+    "image_features": ("image_prompt", "image_edit"),
+    "forward": ("score", "adapt", "text_features", "image_features"),
+    "loss": ("criterion", "regularizer"),
+}
+
+
+def _owner(method: Method, hook: str) -> Method | None:
+    """The outermost part of a nesting whose class overrides a hook, if one does."""
+    plain = (getattr(Method, hook), getattr(Plugin, hook))
+    parts = method.nest()
+    return next((p for p in parts if getattr(type(p), hook) not in plain), None)
+
+
+def _check_host(plugin: type[Plugin], host: Method) -> None:
+    def overrides(hook):
+        return getattr(plugin, hook) not in (
+            getattr(Method, hook),
+            getattr(Plugin, hook),
+        )
+
+    lost = [hook for hook in plugin.replaces if _owner(host, hook)]
+    for whole, parts in _COMPOSED.items():
+        if _owner(host, whole) and not overrides(whole):
+            unread = [part for part in parts if overrides(part)]
+            lost += [whole] if unread or whole in ("forward", "loss") else []
+    if lost:
+        raise InputError(
+            f"{plugin.name} cannot extend {host.spec}, which has {lost[0]}() of its own"
+            f" that {plugin.name} would leave out; its hosts are"
+            f" {', '.join(plugin.hosts)}"
+        )

@@ -1,0 +1,301 @@
+"""Methods by name: found, nested, built, saved ones read again.
+
+A method is known once its class is registered: those of the package by their modules in
+``promptkit.methods``, those of other packages by an entry point of the group
+``promptkit.methods``, those of a notebook by ``@register``.
+"""
+
+import json
+import pkgutil
+import re
+import warnings
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import promptkit.methods
+from promptkit.clip import FrozenCLIP, load_clip
+from promptkit.errors import InputError, unknown
+from promptkit.method import REGISTRY, Method, digest
+from promptkit.recipe import Host, Recipe, Setting, for_profile
+
+ENTRY_POINTS = "promptkit.methods"
+
+
+@cache
+def _load() -> None:
+    for module in pkgutil.iter_modules(promptkit.methods.__path__):
+        import_module(f"promptkit.methods.{module.name}")
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()  # a module or a class; loading it registers what it holds
+        except Exception as error:  # somebody else's code must not stop everything
+            warnings.warn(
+                f"the entry point {entry.name!r} ({entry.value}) could not be loaded"
+                f" ({type(error).__name__}: {error}): its methods are missing",
+                stacklevel=2,
+            )
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every registered method by name."""
+    _load()
+    return dict(sorted(REGISTRY.items()))
+
+
+def defined_elsewhere() -> list[type[Method]]:
+    """Methods that another process does not know by itself: those of a notebook or a
+    script, which have no module to import.
+    """
+    return [cls for cls in methods().values() if cls.__module__ == "__main__"]
+
+
+def specs() -> list[str]:
+    """Every method as :func:`build` takes it, with plug-ins around each of the hosts of
+    their papers; those that need a teacher are left out.
+    """
+    out = []
+    for name, cls in methods().items():
+        if set(cls.objects()) - {"host"}:
+            continue
+        out += [name] if not cls.plugin or cls.default_host else []
+        out += [f"{name}({host})" for host in cls.hosts] if cls.plugin else []
+    return out
+
+
+def parse(spec: str) -> tuple[str, str | None]:
+    """``"dept(atprompt(maple))"`` -> ``("dept", "atprompt(maple)")``; ``"coop"`` ->
+    ``("coop", None)``.
+
+    Raises:
+        InputError: unknown names, unbalanced brackets, a plug-in without a host or a
+            host for what is no plug-in.
+    """
+    match = None
+    if isinstance(spec, str):
+        match = re.fullmatch(r"(\w+)(?:\((.*)\))?", spec.strip())
+    if match is None:
+        raise InputError(
+            f"{spec!r} names no method; write a name such as 'coop', or 'plugin(host)'"
+        )
+    name, host = match.groups()
+    known = methods()
+    if name not in known:
+        raise unknown("method", name, known)
+    if known[name].plugin and not host and not known[name].default_host:
+        raise InputError(
+            f"{name} extends another method: name its host, as in '{name}(coop)'"
+        )
+    if host is not None:
+        if not known[name].plugin:
+            raise InputError(f"{name} takes no host, so {spec!r} cannot be built")
+        parse(host)
+    return name, host
+
+
+def nesting(spec: str) -> list[type[Method]]:
+    """The classes of a spec, outermost first: a plug-in, its host (its default one if
+    none is named), and so on.
+    """
+    name, host = parse(spec)
+    cls = methods()[name]
+    if host is not None:
+        return [cls, *nesting(host)]
+    return [cls, cls.default_host[0]] if cls.default_host else [cls]
+
+
+def supervision(spec: str) -> set[str]:
+    """What teaches a method, its host included: "shots", "pool", "texts"; empty for one
+    that learns nothing.
+    """
+    name, host = parse(spec)
+    own = set(methods()[name].supervision.split("+")) - {"none"}
+    return own | (supervision(host) if host else set())  # a default host does not learn
+
+
+def recipe(spec: str, setting: Setting) -> Recipe:
+    """The recipe of a method, or of plug-ins around one, in a setting and its profile.
+
+    Raises:
+        InputError: unknown method, or one that states no recipe.
+    """
+    return for_profile(_paper(spec, setting), setting.profile)
+
+
+def _paper(spec, setting):
+    name, host = parse(spec)
+    if host is not None:
+        inner = replace(setting, hparams=setting.hparams.get("host", {}), host=None)
+        names = tuple(cls.name for cls in nesting(host))
+        setting = replace(setting, host=Host(host, names, _paper(host, inner)))
+    return methods()[name].recipe(setting)
+
+
+def build(
+    spec: str, clip: FrozenCLIP, classnames: list[str], *, seed: int = 0, **hparams
+) -> Method:
+    """Make a method by name.
+
+    Args:
+        spec: a registered name, or plug-ins around one: ``"dept(atprompt(maple))"``.
+        classnames: the C class names.
+        seed: of the random initial values: those of the host, then the plug-in's, from
+            one stream. Torch's global generators are left as they were.
+        hparams: hyperparameters of the method, and its objects (a teacher);
+            ``host={...}`` holds those of a plug-in's host.
+
+    Raises:
+        InputError: the name or a hyperparameter is unknown or does not fit, or the class
+            names are bad.
+    """
+    parse(spec)
+    if not isinstance(clip, FrozenCLIP):
+        raise InputError(
+            "a method needs a FrozenCLIP, as load_clip() makes it, not a"
+            f" {type(clip).__name__}"
+        )
+    cuda = [clip.device] if clip.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        return _build(spec, clip, classnames, hparams)
+
+
+def _build(spec, clip, classnames, hparams):
+    name, host = parse(spec)
+    if host is not None:
+        inner = hparams.get("host", {})
+        hparams = hparams | {"host": _build(host, clip, classnames, inner)}
+    return methods()[name](clip, classnames, **hparams)
+
+
+def from_official(
+    spec: str,
+    clip: FrozenCLIP,
+    classnames: list[str],
+    hyperparameters: dict,
+    **objects,
+) -> Method:
+    """A method as its own repository would configure it.
+
+    Args:
+        spec: as :func:`build` takes it; the hyperparameters of a nesting stand in one
+            dict, and each part takes those that it knows.
+        hyperparameters: official names and values, such as ``{"N_CTX": 16}``.
+        objects: a teacher.
+
+    Raises:
+        InputError: no part knows one of the names.
+    """
+    parts = nesting(spec) if parse(spec)[1] else [methods()[parse(spec)[0]]]
+    known = {name for cls in parts for name in cls.official_hyperparameters}
+    for name in hyperparameters:
+        if name not in known:
+            raise unknown(f"official hyperparameter of {spec}", name, known)
+    method = None
+    for cls in reversed(parts):
+        own = cls.official_hyperparameters
+        mine = {key: value for key, value in hyperparameters.items() if key in own}
+        host = {} if method is None else {"host": method}
+        method = cls.from_official(
+            clip, classnames, mine, **host, **(objects if cls is parts[0] else {})
+        )
+    return method
+
+
+# --- saved methods --------------------------------------------------------------------
+
+
+def load_method(
+    path, clip: FrozenCLIP | None = None, *, pretrained: str | None = None, device=None
+) -> Method:
+    """Read a method that ``Method.save`` wrote. Nothing is unpickled.
+
+    Args:
+        clip: the backbone that it was trained on; loaded as it was then if None,
+        pretrained, device: from these weights instead of the recorded ones, and onto
+            this device.
+
+    Raises:
+        InputError: the file is missing or damaged, or belongs to another backbone.
+    """
+    about, state = _read(path)
+    if pretrained:
+        about["clip"] = about["clip"] | {"pretrained": pretrained}
+    method = _restore(path, about, clip, device)
+    for key, value in state.items():  # what is sized by training data may have any size
+        module, _, leaf = key.rpartition(".")
+        owner = dict(method.named_modules()).get(module, method)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value.to(method.clip.device)
+        elif getattr(owner, leaf, value).shape != value.shape:
+            resized = torch.empty_like(value, device=method.clip.device)
+            setattr(owner, leaf, torch.nn.Parameter(resized))
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} does not fit {about['method']} of this version: {error}"
+        ) from None
+    method.set_classes(about["classnames"])
+    return method.eval()
+
+
+def _restore(path, about, clip, device):
+    """A method with initial values from what ``Method.describe`` said of it."""
+    clip = clip or _backbone(about["clip"], device)
+    wanted = about["clip"]["fingerprint"]
+    if clip.fingerprint != wanted:
+        raise InputError(
+            f"{path} was trained on the weights {wanted[:12]}"
+            f" ({about['clip']['name']}), this CLIP has {clip.fingerprint[:12]}"
+            f" ({clip.name})"
+        )
+    objects = {}
+    for name, thing in about.get("objects", {}).items():
+        many = thing if isinstance(thing, list) else [thing]
+        made = [
+            _restore(path, part, None, device)
+            if "method" in part
+            else _backbone(part, device)
+            for part in many
+        ]
+        objects[name] = made if isinstance(thing, list) else made[0]
+    hparams = about["hparams"] | objects
+    method = build(about["method"], clip, about["trained_on"], **hparams)
+    for part, taken in zip(method.nest(), about.get("taken", ()), strict=False):
+        part.taken.update({k: v for k, v in taken.items() if k in part.taken})
+    method.set_classes(about["trained_on"])
+    return method
+
+
+def _backbone(about, device):
+    return load_clip(
+        about["name"],
+        about["pretrained"],
+        device,
+        about.get("precision", "fp32"),
+    )
+
+
+def _read(path) -> tuple[dict, dict[str, Tensor]]:
+    """What a saved method says of itself, and its state dict."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["promptkit"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["weights"] != digest(state):
+            raise ValueError("its weights do not match their hash")
+        about["clip"]["name"], about["clip"]["pretrained"], about["clip"]["fingerprint"]
+        about["method"], about["hparams"], about["trained_on"], about["classnames"]
+    except FileNotFoundError:
+        raise InputError(f"there is no method file {path}") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged or no file of a saved method ({error})"
+        ) from None
+    return about, state

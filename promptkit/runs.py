@@ -1,0 +1,648 @@
+"""One run: as it is asked for, planned with everything at hand that it needs, and made.
+
+Zero-shot CLIP goes through the same functions as every method; it has neither shots nor
+a seed, and its rows say 0 for both. The test images are read once, after training:
+nothing is chosen by them.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+
+import pandas as pd
+import torch
+
+from promptkit import data, identity, probe, registry, train
+from promptkit.clip import FrozenCLIP, load_clip
+from promptkit.errors import InputError, unknown
+from promptkit.method import Method
+from promptkit.recipe import TRANSFER, Recipe, Setting
+from promptkit.registry import build, load_method, nesting, supervision
+from promptkit.results import (
+    config_hash,
+    find_run,
+    harmonic_mean,
+    results_dir,
+    run_rows,
+    save_run,
+    write_text,
+)
+from promptkit.train import History, accuracy, fit
+
+# The baseline of the few-shot figures: no method, but measured and stored like one.
+PROBE = "linear-probe"
+RECIPE_FIELDS = {f.name for f in dataclasses.fields(Recipe)}
+RECIPE_FIELDS -= {"hparams", "objects", "stages"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as it is asked for.
+
+    Args:
+        protocol: "few-shot", "base-to-new", "cross-dataset" or "domain-generalization".
+        method: a registered name, or plug-ins around one such as "dept(maple)".
+        dataset: name of a dataset or a Dataset: the one that is trained on.
+        targets: names or Datasets that a cross-dataset run is tested on.
+        shots, seed: training images a class; seed of the draw, of the initial values
+            and of the training order.
+        clip: name of a model for :func:`promptkit.clip.load_clip`, or a FrozenCLIP.
+        profile: "smoke", "mini" or "full", see :func:`promptkit.recipe.for_profile`.
+        overrides: fields of the recipe (lr, epochs, ...), hyperparameters of the method
+            and its objects (``teacher="promptsrc@mini-teacher"``), by name.
+        max_steps: stop training after so many steps.
+        root: folder of the real datasets.
+    """
+
+    protocol: str
+    method: str
+    dataset: object
+    targets: tuple = ()
+    shots: int = 16
+    seed: int = 1
+    clip: object = "mini"
+    pretrained: str | None = None
+    device: str | None = None
+    precision: str = "fp32"
+    profile: str = "mini"
+    overrides: dict = field(default_factory=dict)
+    max_steps: int | None = None
+    root: str | None = None
+
+    @property
+    def portable(self) -> bool:
+        """Whether another process can take it over: it holds names, not a model or
+        data.
+        """
+        parts = (self.clip, self.dataset, *self.targets)
+        return all(isinstance(part, str) for part in parts)
+
+
+@dataclass
+class Plan:
+    """A run with everything at hand that it needs, and the configuration that its hash
+    is made of.
+    """
+
+    run: Run
+    clip: FrozenCLIP
+    source: object  # the Dataset trained on, all of it
+    targets: list  # Datasets tested on beside it
+    recipe: Recipe
+    objects: dict  # name -> a FrozenCLIP, or the Plan of a method to be trained before
+    config: dict
+
+    def training_set(self):
+        """What it is trained on: the drawn few shots, of the base classes in
+        base-to-new; all images where a method needs no labels.
+        """
+        kinds = {"shots"} if self.run.method == PROBE else supervision(self.run.method)
+        drawn = self.source
+        if "shots" in kinds:
+            drawn = data.few_shot(self.source, self.run.shots, self.run.seed)
+        transductive = kinds == {"pool"}  # it sees images of all classes
+        if self.run.protocol == "base-to-new" and not transductive:
+            return data.base_new(drawn)[0]
+        return drawn
+
+    def build(self, dataset, **objects) -> Method:
+        """The method with its initial values, aimed at a dataset.
+
+        Args:
+            objects: trained teachers by name; by default with their initial values.
+        """
+        for name, thing in self.objects.items():
+            if name not in objects:
+                plan = isinstance(thing, Plan)
+                objects[name] = thing.build(thing.training_set()) if plan else thing
+        method = build(
+            self.run.method,
+            self.clip,
+            dataset.classnames,
+            seed=self.config["seed"],
+            **self.recipe.hparams,
+            **objects,
+        )
+        method.aim(dataset)
+        return method
+
+    def steps(self, images: int) -> int:
+        """How many steps the training on so many images takes."""
+        steps = sum(part.steps(images) * part.epochs for part in self.recipe.parts())
+        return min(steps, self.run.max_steps or steps)
+
+    def describe(self) -> dict[str, str]:
+        """What is about to happen, for people."""
+        dataset, run = self.training_set(), self.run
+        learned = 0 if run.method == PROBE else self.build(dataset).n_parameters
+        targets = ", ".join(target.name for target in self.targets)
+        out = {
+            "method": f"{run.method} {self.recipe.hparams or ''}".strip(),
+            "protocol": f"{run.protocol}, profile {run.profile}",
+            "model": (
+                f"{self.config['model']} on {self.clip.device},"
+                f" {self.config['clip']['precision']}"
+            ),
+            "data": f"{self.source.name}, {len(dataset.classnames)} classes"
+            + (f"; tested on {targets}" if targets else ""),
+        }
+        if self.recipe.trains and learned:
+            images, batch = len(dataset.train), self.recipe.batch_size
+            out["shots"] = f"{run.shots} a class, {images} images; seed {run.seed}"
+            out["training"] = (
+                f"{self.recipe.epochs} epochs, {self.steps(images)} steps of"
+                f" {min(batch, images)}, {self.recipe.optimizer}, learning rate"
+                f" {self.recipe.lr:g}"
+            )
+        if run.method == PROBE:
+            learned = len(dataset.classnames) * (self.clip.embed_dim + 1)
+        return out | {"parameters": f"{learned:,}"}
+
+
+def estimate(plan: Plan) -> dict[str, str]:
+    """Time and memory of a run's training, for people: two steps are made to measure
+    them, and nothing is kept.
+
+    Testing, and features that are computed once before, come on top of the time.
+    """
+    dataset, run = plan.training_set(), plan.run
+    method = None if run.method == PROBE else plan.build(dataset)
+    if method is None or not (plan.recipe.trains and method.n_parameters):
+        return {}
+    device = torch.device(plan.clip.device)
+    generator = torch.Generator().manual_seed(0)
+    part = next(plan.recipe.parts())
+    given = method.prepare(train.visible(method, dataset), part, generator, 0)
+    batch = min(part.batch_size, len(given.train))
+    steps = plan.steps(len(given.train))
+    few = given.train.take(range(batch))  # features of these alone, not of the set
+    read = train.reader(method.train(), few, generator, part)
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        method.backward(read(torch.arange(batch)).to(device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = _peak_memory()
+    minutes = steps * seconds / 60
+    spent = f"{60 * minutes:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
+    spent = spent if minutes < 90 else f"{minutes / 60:.1f} hours"
+    more = f", {memory / 2**30:.1f} GiB" if memory else ""
+    return {"estimate": f"about {spent} of training{more}"}
+
+
+def _peak_memory() -> int | None:
+    """Bytes of main memory that this process has held at most, where the system
+    tells.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- planning -------------------------------------------------------------------------
+
+
+def plan(run: Run) -> Plan:
+    """Load what a run needs, check it, and write down its whole configuration.
+
+    The configuration holds the method with its hyperparameters, recipe, code and
+    texts, the images by content, the draw, the weights and the profile; not the machine
+    and the versions of libraries, which a result notes beside it.
+
+    Raises:
+        InputError: unknown names, or shots, seed or hyperparameters that do not fit.
+    """
+    for key, least in (("shots", 1), ("seed", 0), ("max_steps", 1)):
+        value = getattr(run, key)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not whole or value < least):
+            raise InputError(
+                f"{key} must be a whole number from {least}, got {value!r}"
+            )
+    source = _dataset(run.dataset, run.root)
+    targets = _targets(run, source)
+    run, recipe = _resolve(run, source)
+    clip = run.clip
+    if not isinstance(clip, FrozenCLIP):
+        clip = _clip(clip, run.pretrained, run.device, run.precision)
+    is_probe = run.method == PROBE
+    parts = [] if is_probe else nesting(run.method)
+    kinds = {"shots"} if is_probe else supervision(run.method)
+    seeded = is_probe or any(cls.seeded for cls in parts)
+    model = clip.name
+    if clip.pretrained not in (None, "", clip.name):
+        model += f"/{clip.pretrained}"
+    tested = (source, *targets)
+    objects = {} if is_probe else _objects(run, recipe, clip)
+    config = {
+        "method": run.method.replace(" ", ""),
+        "overrides": run.overrides,
+        "recipe": asdict(replace(recipe, objects={})),
+        "code": (
+            identity.of_module("probe") if is_probe else identity.of_code(run.method)
+        ),
+        "protocol": run.protocol,
+        "dataset": source.name,
+        "data": {dataset.name: dataset.identity for dataset in tested},
+        "targets": [target.name for target in targets],
+        "shots": run.shots if "shots" in kinds else 0,
+        "seed": run.seed if seeded else 0,
+        "profile": run.profile,
+        "max_steps": run.max_steps,
+        "model": model,
+        "clip": {"fingerprint": clip.fingerprint, "precision": clip.precision},
+    }
+    if not is_probe:
+        texts = [
+            identity.of_texts(run.method, recipe.hparams, dataset) for dataset in tested
+        ]
+        config |= {"texts": texts}
+    if objects:
+        config["objects"] = {
+            name: thing.config if isinstance(thing, Plan) else thing.fingerprint
+            for name, thing in objects.items()
+        }
+    if run.max_steps is not None:
+        config["overrides"] = run.overrides | {"max_steps": run.max_steps}
+    config = json.loads(json.dumps(config, default=str))
+    return Plan(run, clip, source, targets, recipe, objects, config)
+
+
+def _targets(run, source):
+    """The datasets that a run is tested on beside its source."""
+    if run.protocol == "domain-generalization":
+        targets = [_dataset(name, run.root) for name in source.shifts]
+        if not targets:
+            raise InputError(
+                f"{source.name} has no shifted versions to measure"
+                " domain-generalization on"
+            )
+        return targets
+    if bool(run.targets) != (run.protocol == "cross-dataset"):
+        raise InputError(
+            "a cross-dataset run needs targets to be tested on, and no other run takes"
+            " any"
+        )
+    targets = [_dataset(target, run.root) for target in run.targets]
+    if source.identity in [target.identity for target in targets]:
+        raise InputError(f"{source.name} is the source, so it cannot be a target too")
+    return targets
+
+
+def _resolve(run, source):
+    """The run without what does not concern its method, and the recipe."""
+    if run.method == PROBE:
+        Setting(run.protocol, source.name, run.shots, run.profile)
+        if run.protocol != "few-shot":
+            raise InputError(
+                "a linear probe knows no new classes: measure it by few-shot, not"
+                f" {run.protocol}"
+            )
+        if run.overrides:
+            raise InputError(
+                f"the linear probe has nothing to set, so not {', '.join(run.overrides)}"
+            )
+        return run, Recipe(epochs=0)
+    cls = nesting(run.method)[0]
+    named = set(cls.objects()) - {"host"}
+    fields = {k: v for k, v in run.overrides.items() if k in RECIPE_FIELDS}
+    objects = {k: v for k, v in run.overrides.items() if k in named}
+    hparams = {
+        k: v
+        for k, v in run.overrides.items()
+        if k not in RECIPE_FIELDS and k not in named
+    }
+    setting = Setting(run.protocol, source.name, run.shots, run.profile, hparams)
+    recipe = registry.recipe(run.method, setting)
+    if not supervision(run.method):  # nothing about training tells two runs apart
+        run = replace(run, overrides=hparams | objects, max_steps=None)
+        fields = {}
+    hparams = _merge(recipe.hparams, hparams)
+    objects = recipe.objects | objects
+    recipe = replace(recipe, **fields, hparams=hparams, objects=objects)
+    if not cls.plugin:  # a plug-in needs its host for that, so build() checks it
+        known = {k: v for k, v in hparams.items() if k not in named}
+        for name in known:
+            if name not in cls.hyperparameters():
+                raise unknown(
+                    f"hyperparameter of {cls.name}", name, cls.hyperparameters()
+                )
+        if not named:
+            cls.check(known)
+    return run, recipe
+
+
+def _objects(run, recipe, clip):
+    """The plans of a method's teachers, and its further backbones, by name.
+
+    Each is written "METHOD@MODEL" or "@MODEL", MODEL with "/WEIGHTS" where it needs
+    them.
+    """
+    known = set(nesting(run.method)[0].objects()) - {"host"}
+    out = {}
+    for name, text in recipe.objects.items():
+        if name not in known:
+            raise unknown(f"object of {run.method}", name, known)
+        if not isinstance(text, str):
+            out[name] = text
+            continue
+        spec, at, model = text.rpartition("@")
+        model, _, weights = model.partition("/")
+        if not at or not model:
+            raise InputError(
+                f"{name} of {run.method} is written METHOD@MODEL, such as"
+                f" 'promptsrc@mini-teacher', not {text!r}"
+            )
+        other = _clip(model, weights or None, run.device, run.precision)
+        if not spec:
+            out[name] = other
+            continue
+        # One teacher serves all seeds, shots being those of the run.
+        asked = Run(
+            run.protocol, spec, run.dataset, run.targets, run.shots, 1, other,
+            profile=run.profile, max_steps=run.max_steps, root=run.root,
+        )  # fmt: skip
+        out[name] = plan(asked)
+    missing = known - set(out)
+    if missing:
+        name = min(missing)
+        raise InputError(
+            f"{run.method} needs a {name}: give {name}='METHOD@MODEL', such as"
+            " 'promptsrc@mini-teacher'"
+        )
+    return out
+
+
+def backbone(
+    profile: str, model: str | None = None, pretrained: str | None = None
+) -> tuple[str, str | None]:
+    """The model and its weights that were asked for, or else those of a profile, as
+    ``load_clip`` takes them.
+    """
+    if model is None and profile == "full":
+        return "ViT-B-16", pretrained or "openai"
+    return model or "mini", pretrained
+
+
+@lru_cache(maxsize=3)
+def _clip(name, pretrained, device, precision):
+    return load_clip(name, pretrained, device=device, precision=precision)
+
+
+def _dataset(dataset, root):
+    if not isinstance(dataset, str):
+        return dataset
+    if root is None:
+        return data.load_dataset(dataset)
+    return data.load_dataset(dataset, root)
+
+
+def _merge(recipe, given):
+    """Hyperparameters of a recipe updated by given ones; those of a plug-in's host are
+    nested one deeper.
+    """
+    merged = dict(recipe)
+    for key, value in given.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested and key == "host" else value
+    return merged
+
+
+# --- making it ------------------------------------------------------------------------
+
+
+def execute(
+    run: Run | Plan, results=None, force=False, progress=True, save=None
+) -> pd.DataFrame:
+    """Run once, store the result and return its rows; a run that is stored already is
+    read and not run again.
+
+    Args:
+        results: results folder, see :func:`promptkit.results.results_dir`; False
+            neither reads nor stores anything.
+        force: run even if it is stored, and make its image features anew.
+        progress: show a bar while training.
+        save: file for the trained method, see ``Method.save``; the run is then made in
+            any case.
+    """
+    planned = run if isinstance(run, Plan) else plan(run)
+    stored = None
+    if not (force or save or results is False):
+        stored = find_run(planned.config, results)
+    if stored is not None:
+        return run_rows(stored)
+    began = time.perf_counter()
+    source = planned.source
+    if planned.run.method == PROBE:
+        if save:
+            raise InputError("a linear probe cannot be saved as a method")
+        value = probe.linear_probe(planned.clip, planned.training_set())
+        rows, history, learned = [_number(source.name, "all", value)], History(), None
+    else:
+        method, targets, history = _trained(planned, results, progress, force)
+        if save:
+            method.save(save)
+        rows = measure(
+            method, source, targets, planned.run.protocol,
+            seed=planned.config["seed"], every=5 if planned.run.profile == "smoke" else 1,
+        )  # fmt: skip
+        learned = method.n_parameters
+    record = {
+        "config": planned.config,
+        "rows": rows,
+        "hash": config_hash(planned.config),
+        "versions": identity.versions(),
+        "device": identity.of_device(planned.clip.device),
+        "seconds": round(time.perf_counter() - began, 3),
+        "training": {"seconds": round(history.seconds, 3), "losses": history.losses},
+        "parameters": learned,
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+    }
+    if results is not False:
+        save_run(record, results)
+    return run_rows(record)
+
+
+def _trained(plan, results, progress, force):
+    """The trained method, the targets that it can serve, and its history; the two
+    transfer protocols share what they train through a file.
+    """
+    dataset, run = plan.training_set(), plan.run
+    targets = plan.targets
+    if plan.recipe.trains:  # what it cannot serve must be said before it trains
+        others = data.base_new(plan.source)[1:] if run.protocol == "base-to-new" else ()
+        targets = _served(plan, dataset, others)
+    shared = checkpoint = None
+    if results is not False and plan.recipe.trains:
+        if run.protocol in TRANSFER:
+            shared = _shared_file(plan, results)
+        if run.profile == "full":
+            name = f"{config_hash(plan.config)}.pt"
+            checkpoint = results_dir(results) / "checkpoints" / name
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if shared and shared.exists() and not force:
+        try:
+            method = load_method(shared, plan.clip)
+            method.aim(plan.source)
+            known = json.loads(shared.with_suffix(".json").read_text())
+            return method, targets, History(**known)
+        except (InputError, OSError, ValueError, TypeError) as error:
+            warnings.warn(
+                f"cannot use {shared} ({error}): training again", stacklevel=3
+            )
+    method = plan.build(dataset, **_trained_objects(plan, results, progress))
+    options = {"checkpoint": checkpoint, "max_steps": run.max_steps}
+    history = fit(method, dataset, plan.recipe, run.seed, progress=progress, **options)
+    if shared and method.n_parameters:
+        write_text(shared.with_suffix(".json"), json.dumps(asdict(history)))
+        method.save(shared)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return method, targets, history
+
+
+def _served(plan, dataset, others):
+    """The targets that the method can be aimed at; the others are named in a warning.
+
+    Raises:
+        InputError: it can serve none of them, or not the new classes.
+    """
+    method = plan.build(dataset)
+    for other in others:
+        method.aim(other)
+    served, refused = [], {}
+    for target in plan.targets:
+        try:
+            method.aim(target)
+            served.append(target)
+        except InputError as error:
+            refused[target.name] = error
+    if plan.targets and not served:
+        raise next(iter(refused.values()))
+    for name, error in refused.items():
+        warnings.warn(f"{name} is left out: {error}", stacklevel=4)
+    return served
+
+
+def _shared_file(plan, results):
+    """Where the transfer protocols keep what they train: neither protocol nor targets
+    matter to it.
+    """
+    leave = ("protocol", "targets", "data", "texts")
+    same = {key: value for key, value in plan.config.items() if key not in leave}
+    same |= {"data": plan.source.identity, "texts": plan.config["texts"][0]}
+    return results_dir(results) / "trained" / f"{config_hash(same)}.safetensors"
+
+
+def _trained_objects(plan, results, progress):
+    """A method's teachers, trained once a task and stored by their configuration."""
+    out = {}
+    for name, thing in plan.objects.items():
+        if not isinstance(thing, Plan):
+            out[name] = thing
+            continue
+        path = None
+        if results is not False:
+            file = f"{config_hash(thing.config)}.safetensors"
+            path = results_dir(results) / "trained" / file
+        if path and path.exists():
+            out[name] = load_method(path, thing.clip)
+            continue
+        made, _, _ = _trained(thing, results, progress, False)
+        if path:
+            made.save(path)
+        out[name] = made
+    return out
+
+
+def measure(
+    method: Method, source, targets=(), protocol="few-shot", seed=0, every=1
+) -> list[dict]:
+    """The numbers of a protocol, accuracies in percent, as dicts with target, split,
+    metric and value.
+
+    Args:
+        source: the Dataset that the method was trained on.
+        targets: Datasets that it is tested on beside it.
+        every: look at every so many-th test image.
+    """
+
+    def accuracy_on(dataset):
+        test = dataset.test
+        test = test if every == 1 else test.take(range(0, len(test), every))
+        return accuracy(method, test, seed=seed)
+
+    if protocol == "base-to-new":
+        value = {}
+        for split, part in zip(("base", "new"), data.base_new(source), strict=True):
+            method.aim(part)
+            value[split] = accuracy_on(part)
+        value["hm"] = float(harmonic_mean(value["base"], value["new"]))
+        return [_number(source.name, s, value[s]) for s in ("base", "new", "hm")]
+    rows = []
+    for dataset in (source, *targets):
+        method.aim(dataset)
+        rows.append(_number(dataset.name, "all", accuracy_on(dataset)))
+    return rows
+
+
+def _number(target, split, value):
+    return {"target": target, "split": split, "metric": "accuracy", "value": value}
+
+
+def evaluate(
+    method: Method, dataset, protocol="few-shot", label="", seed=0
+) -> pd.DataFrame:
+    """Measure a trained method, a saved or an official one, with rows like a run's.
+
+    Args:
+        dataset: name of a dataset, or a Dataset; the method is re-aimed at its classes.
+        protocol: "few-shot", all classes; or "base-to-new", its base and new classes.
+        label: stands in the column "options", such as the checkpoint's name.
+
+    Returns:
+        Tidy rows with the columns ``promptkit.results.COLUMNS``; nothing is stored.
+    """
+    if protocol not in ("few-shot", "base-to-new"):
+        raise unknown(
+            "protocol of an evaluation", protocol, ("few-shot", "base-to-new")
+        )
+    dataset = _dataset(dataset, None)
+    began = time.perf_counter()
+    rows = measure(method, dataset, protocol=protocol, seed=seed)
+    clip = method.clip
+    config = {
+        "method": method.spec,
+        "overrides": {"checkpoint": label} if label else {},
+        "protocol": protocol,
+        "dataset": dataset.name,
+        "data": {dataset.name: dataset.identity},
+        "shots": 0,
+        "seed": seed,
+        "profile": "evaluation",
+        "model": clip.name,
+        "clip": {"fingerprint": clip.fingerprint, "precision": clip.precision},
+        "about": method.describe(),
+    }
+    record = {
+        "config": config,
+        "rows": rows,
+        "hash": config_hash(config),
+        "versions": identity.versions(),
+        "device": identity.of_device(clip.device),
+        "seconds": round(time.perf_counter() - began, 3),
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+    }
+    return run_rows(record)
