@@ -167,7 +167,9 @@ def run(
         from promptkit.runs import backbone, execute
         from promptkit.workers import sweep_results, sweep_temporaries
     profile = values.choose_profile(profile, data, model)
-    Setting(protocol, profile=profile)  # refuses unknown names before anything is loaded
+    Setting(
+        protocol, profile=profile
+    )  # refuses unknown names before anything is loaded
     overrides = values.settings(
         method, settings, lr=lr, epochs=epochs, batch_size=batch_size
     )

@@ -104,8 +104,7 @@ def settings(method: str, texts, **options) -> dict:
         *hosts, name = key.strip().split(".")
         if not equals or not name.isidentifier() or any(h != "host" for h in hosts):
             raise InputError(
-                "--set takes KEY=VALUE, such as n_ctx=4 or host.n_ctx=4, not"
-                f" {text!r}"
+                f"--set takes KEY=VALUE, such as n_ctx=4 or host.n_ctx=4, not {text!r}"
             )
         inner = overrides
         for _ in hosts:
