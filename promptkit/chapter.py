@@ -3,6 +3,7 @@ its verdicts.
 """
 
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,12 +14,15 @@ from IPython.display import Code, display
 
 from promptkit import data, results
 from promptkit.clip import FrozenCLIP, load_clip
+from promptkit.data.own import is_path
 from promptkit.errors import unknown
 from promptkit.grids import sweep
 from promptkit.pages import compared
+from promptkit.parameters import names, whole_numbers
 from promptkit.recipe import PROFILES
 from promptkit.runs import Run, backbone, plan
 from promptkit.train import History, fit
+from promptkit.workers import sweep_results
 
 SMOKE_TASK = "sat"  # the smallest
 
@@ -30,12 +34,13 @@ class Chapter:
     Args:
         name: of the notebook, such as "04_cocoop".
         profile: "smoke", "mini" or "full". Smoke keeps one small task and one seed.
-        datasets: "all", the eleven of the profile's world, or a list of names. None:
-            the chapter's choice.
-        seeds: of the runs.
-        shots: training images a class.
-        output: folder of the stored runs, which are not run again; empty:
-            $PROMPTKIT_RESULTS or ./results.
+        datasets: "all", the eleven of the profile's world, or names: one, several, or a
+            text of several, as papermill's ``-p`` sends them. None: the chapter's
+            choice.
+        seeds: of the runs: one, several, or a text such as "1-3"; a list afterwards.
+        shots: training images a class; likewise.
+        output: folder of the stored runs, which are not run again; empty: see
+            :func:`promptkit.results.results_dir`.
         model, pretrained: backbone; None: the mini CLIP, or ViT-B-16 with OpenAI's
             weights in the full profile.
         workers: processes at the same time.
@@ -43,14 +48,14 @@ class Chapter:
         mini, full: the chapter's choice in the mini and in the real world; none: "all".
 
     Raises:
-        InputError: unknown profile.
+        InputError: unknown profile, or a parameter that cannot be understood.
     """
 
     name: str
     profile: str = "mini"
     datasets: str | Sequence[str] | None = "all"
-    seeds: Sequence[int] = (1, 2, 3)
-    shots: int | Sequence[int] = 16
+    seeds: str | int | Sequence[int] = (1, 2, 3)
+    shots: str | int | Sequence[int] = 16
     output: str = ""
     model: str | None = None
     pretrained: str | None = None
@@ -70,12 +75,23 @@ class Chapter:
             if self.profile == "full"
             else (data.MINI_TASKS, self.mini)
         )
+        self.seeds = whole_numbers("seeds", self.seeds)
+        self.shots = whole_numbers("shots", self.shots, 1)
+        (self.workers,) = whole_numbers("workers", self.workers, 1)[:1]
+        known = data.list_datasets()
         tasks = chosen or "all" if self.datasets is None else self.datasets
-        named = tasks.replace(",", " ").split() if isinstance(tasks, str) else tasks
-        self.tasks = list(everything if tasks == "all" else named)
+        tasks = names("datasets", tasks, known)
+        self.tasks = list(everything) if tasks == ["all"] else tasks
+        for task in self.tasks:
+            if task not in known and not is_path(task):
+                raise unknown("dataset", task, known)
         if self.profile == "smoke":
             self.tasks = [SMOKE_TASK] if SMOKE_TASK in self.tasks else self.tasks[:1]
-            self.seeds, self.workers = list(self.seeds)[:1], 1
+            self.seeds, self.workers = self.seeds[:1], 1
+        folder = results.results_dir(self.output or None)
+        sweep_results(folder)
+        # From here, so that an executed chapter does not depend on the machine.
+        print(f"Runs are stored in {os.path.relpath(folder)}")
         pd.options.display.float_format = "{:.1f}".format
         matplotlib.rcParams["figure.dpi"] = 100
 
@@ -152,19 +168,18 @@ class Chapter:
         self, method: str, task: str, protocol="base-to-new", seed=None, **overrides
     ) -> "Trained":
         """Train a method here and now, to look into it; nothing is stored."""
-        shots = self.shots if isinstance(self.shots, int) else max(self.shots)
         options = {
             "clip": self.clip,
             "profile": self.profile,
             "root": self.root,
-            "shots": shots,
+            "shots": max(self.shots),
         }
         planned = plan(
             Run(
                 protocol,
                 method,
                 task,
-                seed=seed or self.seeds[0],
+                seed=self.seeds[0] if seed is None else seed,
                 **options,
                 overrides=overrides,
             )

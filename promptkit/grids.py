@@ -14,7 +14,12 @@ from promptkit.recipe import PROTOCOLS, TRANSFER
 from promptkit.registry import defined_elsewhere, specs
 from promptkit.results import config_hash, find_run, newest, results_dir, run_rows
 from promptkit.runs import Plan, execute, plan
-from promptkit.workers import parallel
+from promptkit.workers import (
+    WorkerError,
+    parallel,
+    same_measurement,
+    with_absolute_paths,
+)
 
 
 class SweepError(RuntimeError):
@@ -137,12 +142,15 @@ def execute_all(
         todo += [planned] if stored is None else []
     # Other processes get the request and load data and weights themselves; this one has
     # them at hand.
-    items = todo if alone else [planned.run for planned in todo]
+    items = todo
+    if not alone:
+        items = [(with_absolute_paths(part.run), part.config) for part in todo]
     where = results if results is False else str(results_dir(results).resolve())
     single = len(todo) == 1 and alone
     arguments = {"results": where, "force": force, "progress": progress and single}
     if not alone:
         arguments["classes"] = defined_elsewhere()
+    arguments["failed"] = lambda item, reason: (None, reason)
     done = parallel(_attempt, items, workers, scheduler, **arguments)
     title = f"{len(todo)} of {len(plans)} runs to do"
     hidden = not progress or single or not todo
@@ -152,7 +160,7 @@ def execute_all(
             if error is None:
                 rows.append(table)
             else:
-                run = item.run if isinstance(item, Plan) else item
+                run = item.run if isinstance(item, Plan) else item[0]
                 name = getattr(run.dataset, "name", run.dataset)
                 failures.append(
                     f"{run.method} on {name}, {run.shots} shots, seed {run.seed}: {error}"
@@ -165,18 +173,25 @@ def execute_all(
     return newest(rows)
 
 
-def _attempt(run, results, force, progress, classes=()):
+def _attempt(item, results, force, progress, classes=()):
     """(rows, None), or (None, what went wrong).
 
     Args:
+        item: a plan, or a run and the configuration that its plan has where it was
+            asked for: what this process would measure must be the same.
         classes: methods that this process cannot import, such as a notebook's.
     """
     try:
         for cls in classes:
             register(cls)
-        return execute(run, results, force, progress), None
+        if not isinstance(item, Plan):
+            run, config = item
+            item = plan(run)
+            if reason := same_measurement(config, item.config):
+                raise WorkerError(reason)
+        return execute(item, results, force, progress), None
     except Exception as error:
-        known = isinstance(error, InputError)
+        known = isinstance(error, InputError | WorkerError)
         return None, str(error) if known else f"{type(error).__name__}: {error}"
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import nbformat
 
 from promptkit.errors import InputError, unknown
+from promptkit.parameters import names, whole_numbers
 from promptkit.recipe import PROFILES
 from promptkit.results import results_dir, write_text
-from promptkit.workers import parallel
+from promptkit.workers import parallel, sweep_temporaries
 
 # A chapter declares what it takes in its cell tagged "parameters"; these names mean the
 # same.
@@ -31,9 +32,14 @@ SPELLINGS = {
 # A kernel that starts and ends sooner: importing torch makes a million objects that
 # stay, among which garbage is looked for in vain, and an interpreter takes seconds to
 # free them one by one.
+# And one that ends with the process that started it: ipykernel's own watch waits for
+# process 1 to adopt it, which a desktop's session manager does in its place.
 KERNEL = "; ".join(
     [
-        "import atexit, gc, os",
+        "import atexit, gc, os, sys",
+        f"sys.path.append({str(Path(__file__).parents[1])!r})",
+        "from promptkit.workers import end_with_parent",
+        "end_with_parent(int(os.environ.get('JPY_PARENT_PID') or os.getppid()))",
         "gc.set_threshold(200_000)",
         "from ipykernel.kernelapp import launch_new_instance",
         "launch_new_instance()",
@@ -127,9 +133,19 @@ def select_chapters(wanted, paths: list[Path]) -> list[Path]:
 
 
 def reproduce(
-    chapters=None, profile="mini", data=None, seeds=None, output=None, workers=1, scheduler=None,
-    folder="notebooks", fan_out=False, progress=True, root=None, **parameters,
-) -> list[Report]:  # fmt: skip
+    chapters=None,
+    profile="mini",
+    data=None,
+    seeds=None,
+    output=None,
+    workers=1,
+    scheduler=None,
+    folder="notebooks",
+    fan_out=False,
+    progress=True,
+    root=None,
+    **parameters,
+) -> list[Report]:
     """Execute chapters and report on each; one that fails keeps its old notebook, and
     the others go on.
 
@@ -159,19 +175,11 @@ def reproduce(
     if profile not in PROFILES:
         raise unknown("profile", profile, PROFILES)
     paths = select_chapters(chapters, find_chapters(folder))
-    data = (
-        None
-        if data is None
-        else (
-            data
-            if data == "all" or not isinstance(data, str)
-            else data.replace(",", " ").split()
-        )
-    )
+    data = data if data in (None, "all") else names("data", data)
     given = {
         "profile": profile,
         "datasets": data,
-        "seeds": None if seeds is None else list(seeds),
+        "seeds": None if seeds is None else whole_numbers("seeds", seeds),
         **parameters,
     }
     given = {key: value for key, value in given.items() if value is not None}
@@ -234,9 +242,11 @@ def reproduce(
 def _run_stage(jobs, workers, scheduler, progress):
     alone = progress and workers == 1 and not scheduler
     reports = []
-    for job, report in parallel(
-        execute_chapter, jobs, workers, scheduler, progress_bar=alone
-    ):
+    # In a process of its own: nbclient answers Ctrl-C and SIGTERM itself, by failing the
+    # one chapter at work.
+    execution = {"failed": _died, "apart": True, "progress_bar": alone}
+    sweep_temporaries(*{job.output.parent for job in jobs})
+    for job, report in parallel(execute_chapter, jobs, workers, scheduler, **execution):
         reports.append(report)
         if progress:
             state = (
@@ -251,6 +261,10 @@ def _run_stage(jobs, workers, scheduler, progress):
                 flush=True,
             )
     return sorted(reports, key=lambda report: report.name)
+
+
+def _died(job, sentence):
+    return Report(job.name, 0.0, job.output, sentence)
 
 
 def declared_parameters(path) -> dict:
@@ -322,33 +336,29 @@ def execute_chapter(job: Job, progress_bar=False) -> Report:
 
     started = time.perf_counter()
     error = ""
-    with tempfile.TemporaryDirectory() as kernels:
-        before = {
-            key: os.environ.get(key) for key in (*job.environment, "JUPYTER_PATH")
-        }
-        os.environ.update(job.environment, JUPYTER_PATH=_own_kernel(kernels))
-        try:
+    before = dict(os.environ)
+    try:
+        with tempfile.TemporaryDirectory() as kernels:
+            os.environ.update(job.environment, JUPYTER_PATH=_own_kernel(kernels))
             notebook = papermill.execute_notebook(
-                str(job.chapter), None, parameters=job.parameters, kernel_name="python3", language="python",
-                progress_bar=progress_bar, cwd=str(job.chapter.parent), autosave_cell_every=0,
-            )  # fmt: skip
-            write_text(job.output, nbformat.writes(_clean(notebook)) + "\n")
-        except papermill.PapermillExecutionError as failure:
-            error = (
-                f"cell {failure.exec_count or failure.cell_index}: {failure.ename}:"
-                f" {failure.evalue}"
+                str(job.chapter),
+                None,
+                parameters=job.parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=progress_bar,
+                cwd=str(job.chapter.parent),
+                autosave_cell_every=0,
             )
-        except (
-            Exception
-        ) as failure:  # a dead kernel, a full disk: reported like a failing cell
-            error = f"{type(failure).__name__}: {failure}"
-        finally:
-            for key, value in before.items():
-                (
-                    os.environ.pop(key, None)
-                    if value is None
-                    else os.environ.update({key: value})
-                )
+        write_text(job.output, nbformat.writes(_clean(notebook)) + "\n")
+    except papermill.PapermillExecutionError as failure:
+        cell = failure.exec_count or failure.cell_index
+        error = f"cell {cell}: {failure.ename}: {failure.evalue}"
+    except Exception as failure:  # a dead kernel, a full disk: like a failing cell
+        error = f"{type(failure).__name__}: {failure}"
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return Report(job.name, time.perf_counter() - started, job.output, error)
 
 

@@ -30,6 +30,9 @@ from promptkit.files import write_atomically
 from promptkit.recipe import TRANSFER
 
 SPLITS = ("base", "new", "hm", "all")
+# What a results folder holds, by which it is known again; what a project's root holds.
+FOLDERS = ("few-shot", "base-to-new", *TRANSFER, "claims", "trained", "checkpoints")
+ROOTS = (".git", "pyproject.toml", "_config.yml")
 # What tells two numbers apart; of several runs that agree in all of it, the newest is
 # the one that counts.
 IDENTITY = [
@@ -66,10 +69,23 @@ COLUMNS = [
 
 
 def results_dir(path=None) -> Path:
-    """The results folder: ``path``, else the environment variable PROMPTKIT_RESULTS,
-    else ``./results``.
+    """The results folder, the same one wherever in a project the process stands.
+
+    It is ``path``, else the environment variable PROMPTKIT_RESULTS, else ``results`` in
+    the nearest folder, from this one upward, that holds stored runs there or is a
+    project's root (``.git``, ``pyproject.toml`` or ``_config.yml``), else
+    ``./results``.
     """
-    return Path(path or os.environ.get("PROMPTKIT_RESULTS") or "results")
+    if path or os.environ.get("PROMPTKIT_RESULTS"):
+        return Path(path or os.environ["PROMPTKIT_RESULTS"])
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        found = folder / "results"
+        if any((found / name).is_dir() for name in FOLDERS[:4]) or any(
+            (folder / name).exists() for name in ROOTS
+        ):
+            return Path("results") if folder == here else found
+    return Path("results")
 
 
 def config_hash(config: dict) -> str:

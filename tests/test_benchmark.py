@@ -950,7 +950,7 @@ def test_own_images_run_by_their_path(tmp_path, tiny_clip):
 
 
 def test_the_command_line_takes_paths_and_real_names(tmp_path):
-    from promptkit.cli import _datasets
+    from promptkit.cli.values import datasets as _datasets
 
     own_folder(tmp_path / "my birds", "train", "test")
     assert _datasets("./my birds", "mini") == ["./my birds"] and _datasets(

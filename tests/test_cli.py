@@ -61,8 +61,8 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
     # A console reads COLUMNS once, when it is made, and the workers of pytest set it:
     # give it its width here.
-    monkeypatch.setattr("promptkit.cli.out", Console(width=200))
-    monkeypatch.setattr("promptkit.cli.err", Console(width=200, stderr=True))
+    monkeypatch.setattr("promptkit.cli.console.out", Console(width=200))
+    monkeypatch.setattr("promptkit.cli.console.err", Console(width=200, stderr=True))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     runs._clip.cache_clear()

@@ -517,8 +517,8 @@ def test_origins_are_checked_and_resumed(server, monkeypatch):
 
 @pytest.fixture
 def wide(monkeypatch):
-    monkeypatch.setattr("promptkit.cli.out", Console(width=250))
-    monkeypatch.setattr("promptkit.cli.err", Console(width=250, stderr=True))
+    monkeypatch.setattr("promptkit.cli.console.out", Console(width=250))
+    monkeypatch.setattr("promptkit.cli.console.err", Console(width=250, stderr=True))
 
 
 def promptkit(*words, code=0):

@@ -26,8 +26,8 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr("promptkit.cli.out", Console(width=200))
-    monkeypatch.setattr("promptkit.cli.err", Console(width=200, stderr=True))
+    monkeypatch.setattr("promptkit.cli.console.out", Console(width=200))
+    monkeypatch.setattr("promptkit.cli.console.err", Console(width=200, stderr=True))
     words = [
         "reproduce",
         "--profile",
