@@ -195,13 +195,13 @@ def _read_folder(path):
     if split is not None:
         return _read_split(split)
     folders, images = inside(top)
-    lists = [e.name for e in os.scandir(top) if e.name.lower().endswith(LISTS[:2])]
-    lists = [name for name in sorted(lists) if counts(name)]
-    if lists:
-        advice = f"{lists[0]} in it is not read; to use it, give its own path"
-        if not folders:
-            raise InputError(f"{top} holds no class folders, and {advice}")
-        warnings.warn(f"{top}: {advice}", stacklevel=5)
+    for at in {path, top}:
+        lists = [e.name for e in os.scandir(at) if e.name.lower().endswith(LISTS[:2])]
+        if unread := sorted(filter(counts, lists)):
+            advice = f"{unread[0]} in {at} is not read; to use it, give its own path"
+            if not folders:
+                raise InputError(f"{top} holds no class folders, and {advice}")
+            warnings.warn(advice, stacklevel=5)
     if not folders:
         what = f"{len(images)} images, all of" if images else "no class folders with"
         raise InputError(
