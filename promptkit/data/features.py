@@ -4,7 +4,6 @@ computed once.
 
 import hashlib
 import shutil
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
