@@ -55,8 +55,19 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_table_is_the_benchmarks():
-    assert data.DATASETS == ("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101",
-                             "fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101")  # fmt: skip
+    assert data.DATASETS == (
+        "imagenet",
+        "caltech101",
+        "oxford_pets",
+        "stanford_cars",
+        "oxford_flowers",
+        "food101",
+        "fgvc_aircraft",
+        "sun397",
+        "dtd",
+        "eurosat",
+        "ucf101",
+    )
     assert set(data.list_datasets()) >= {*data.DATASETS, *SHIFTED, *data.MINI_TASKS}
     assert {*data.DATASETS, *SHIFTED} <= set(paper_numbers()["dataset"])
     assert sum(TABLE[name].counts[0] for name in data.DATASETS) == 2191
@@ -601,10 +612,14 @@ SIZES = [
 
 def test_test_transform_is_that_of_the_papers(tiny_clip):
     """Resize and crop as torchvision does with PIL images, to the bit."""
-    paper = transforms.Compose([
-        transforms.Resize(32, interpolation=InterpolationMode.BICUBIC), transforms.CenterCrop((32, 32)),
-        transforms.ToTensor(), transforms.Normalize(tiny_clip.mean, tiny_clip.std),
-    ])  # fmt: skip
+    paper = transforms.Compose(
+        [
+            transforms.Resize(32, interpolation=InterpolationMode.BICUBIC),
+            transforms.CenterCrop((32, 32)),
+            transforms.ToTensor(),
+            transforms.Normalize(tiny_clip.mean, tiny_clip.std),
+        ]
+    )
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in SIZES]
     ours = data.transform(
@@ -897,7 +912,11 @@ def test_own_data_that_cannot_be_used(tmp_path):
 # --- through the protocols ------------------------------------------------------------
 
 
-def test_every_protocol_runs_on_real_folders(real_root, tiny_clip, monkeypatch):  # noqa: F811
+def test_every_protocol_runs_on_real_folders(
+    real_root,  # noqa: F811
+    tiny_clip,
+    monkeypatch,
+):
     options = dict(
         shots=2,
         clip=tiny_clip,

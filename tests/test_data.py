@@ -108,8 +108,18 @@ def test_patterns_use_both_colours(pattern):
 
 def test_the_eleven_tasks():
     assert list(data.MINI_TASKS) == [
-        "mini", "objects", "pets", "cars", "flowers", "food", "planes", "scenes", "textures", "sat", "actions",
-    ]  # fmt: skip
+        "mini",
+        "objects",
+        "pets",
+        "cars",
+        "flowers",
+        "food",
+        "planes",
+        "scenes",
+        "textures",
+        "sat",
+        "actions",
+    ]
     for name in data.MINI_TASKS:
         task = data.load_dataset(name)
         assert (

@@ -227,11 +227,11 @@ def _compare(listing, name, folder, made_by):
     drawn = list(folder.glob("split_fewshot/*.pkl"))
     if drawn:
         listing.notes.append(
-            f"{folder / 'split_fewshot'} holds draws of CoOp's code ({len(drawn)}); they"
-            " are pickles, which could run code, and are not read: images are drawn"
-            " anew by the same rule, on ImageNet others; to use such a draw, export it"
-            " as JSON (see 'Your own images' in the book) and give it to few_shot(...,"
-            " draw=FILE)"
+            f"{folder / 'split_fewshot'} holds {len(drawn)} files with draws of CoOp's"
+            " code; they are pickles, which could run code, and are not read: images"
+            " are drawn anew by the same rule, on ImageNet others; to use such a draw,"
+            " export it as JSON (see 'Your own images' in the book) and give it to"
+            " few_shot(..., draw=FILE)"
         )
 
 

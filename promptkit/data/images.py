@@ -62,7 +62,8 @@ class Files:
         sizes: list[int | None] | None = None,
         turn: bool = False,
     ):
-        self.folder, self.paths, self.turn = Path(folder), paths, turn
+        # absolute, as the working directory may change before images are read
+        self.folder, self.paths, self.turn = Path(folder).absolute(), paths, turn
         self._digests = Digests(self.folder)
         sizes = sizes or [None] * len(paths)
         found = {

@@ -243,11 +243,14 @@ def warn_of_codes(classnames: list[str], title: str) -> None:
     """
     codes = [name for name in classnames if re.fullmatch(r"n\d{7,8}|\d+", name)]
     if codes:
-        kind = "a WordNet id" if codes[0].startswith("n") else "a number"
+        kind = "WordNet id" if codes[0].startswith("n") else "number"
+        which, what = f"class {codes[0]!r} bears", f"a {kind}"
+        if len(codes) > 1:
+            which, what = f"classes {_some(codes)} bear", f"{kind}s"
         warnings.warn(
-            f"{title}: the class {_some(codes)} bears {kind} for a name, which tells"
-            " CLIP nothing: give names by --classnames FILE, in Python"
-            " load_dataset(..., classnames=FILE), a line 'folder,name' a class",
+            f"{title}: the {which} {what} for a name, which tells CLIP nothing: give"
+            " names by --classnames FILE, in Python load_dataset(...,"
+            " classnames=FILE), a line 'folder,name' a class",
             stacklevel=3,
         )
     seen = {}

@@ -66,7 +66,7 @@ def names_of(paths) -> list[str]:
     places = [Path(path).expanduser().resolve() for path in paths]
     parts, names = {place: _parts(place) for place in places}, {}
     for place, mine in parts.items():
-        others = [parts[other] for other in parts if other != place]
+        others = [other for other in parts.values() if other != mine]
         for n in range(1, len(mine) + 1):
             name = _called(mine[-n:])
             if name not in [_called(other[-n:]) for other in others]:
@@ -195,13 +195,13 @@ def _read_folder(path):
     if split is not None:
         return _read_split(split)
     folders, images = inside(top)
-    lists = [e.name for e in os.scandir(top) if e.name.lower().endswith(LISTS[:2])]
-    lists = [name for name in sorted(lists) if counts(name)]
-    if lists:
-        advice = f"{lists[0]} in it is not read; to use it, give its own path"
-        if not folders:
-            raise InputError(f"{top} holds no class folders, and {advice}")
-        warnings.warn(f"{top}: {advice}", stacklevel=5)
+    for at in {path, top}:
+        lists = [e.name for e in os.scandir(at) if e.name.lower().endswith(LISTS[:2])]
+        if unread := sorted(filter(counts, lists)):
+            advice = f"{unread[0]} in {at} is not read; to use it, give its own path"
+            if not folders:
+                raise InputError(f"{top} holds no class folders, and {advice}")
+            warnings.warn(advice, stacklevel=5)
     if not folders:
         what = f"{len(images)} images, all of" if images else "no class folders with"
         raise InputError(
@@ -232,9 +232,9 @@ def _say_loose(folder, images):
         )
 
 
-def _unwrapped(folder):
+def _unwrapped(folder, divided=False):
     """The first folder down a path of folders that hold nothing else, as archives leave
-    them.
+    them; not past one that is a split, unless it lies in one.
     """
     for _ in range(20):
         folders, images = inside(folder)
@@ -243,7 +243,8 @@ def _unwrapped(folder):
             return folder
         below, direct = inside(only)
         wraps = below and not direct or _split_file(only) is not None
-        if not wraps or (_part(only.name) and not _are_parts(below)):
+        split = _part(only.name) and not _are_parts(below) and not divided
+        if not wraps or split:
             return folder
         folder = only
     raise InputError(f"{folder} lies too deep: {EXPECTED}")
@@ -265,7 +266,7 @@ def _divided(top, folders):
     """
     kinds = {name: inside(top / name) for name in folders}
     parts = {name: _part(name) for name in folders if _part(name)}
-    whole = {n for n, (below, images) in kinds.items() if below and not images}
+    whole = [n for n, (below, images) in kinds.items() if below and not images]
     if not parts:
         for name in whole:
             below = kinds[name][0]
@@ -278,7 +279,7 @@ def _divided(top, folders):
     others = [n for n in folders if n not in parts and any(kinds[n])]
     flat = [name for name, (below, images) in kinds.items() if images and not below]
     flat = [name for name in flat if name in parts]
-    if others and not whole & set(parts) and len(parts) == 1:
+    if others and not parts.keys() & whole and len(parts) == 1:
         return {"": "train"}  # "train" may be a class, beside buses
     if others:
         raise InputError(
@@ -301,7 +302,7 @@ def _divided(top, folders):
         found[part] = name
     ordered = {found[part]: part for part in PARTS if part in found}
     return {
-        _unwrapped(top / name).relative_to(top).as_posix(): part
+        _unwrapped(top / name, True).relative_to(top).as_posix(): part
         for name, part in ordered.items()
     }
 
@@ -358,7 +359,7 @@ def _read_list(path):
     split = head.index("split") if "split" in head else None
     if split is not None and not any(row[split] for _, row in rows):
         split = None
-    items, seen, left = {part: [] for part in PARTS}, {}, []
+    items, seen, left, again = {part: [] for part in PARTS}, {}, [], []
     for n, row in rows:
         image, name = row[at["path"]], row[at["label"]]
         if not image or not name:
@@ -374,18 +375,22 @@ def _read_list(path):
         if _left_behind(image):
             left.append(image)
             continue
-        before = seen.setdefault(os.path.normpath(image), (n, name, part))
-        if before[1:] != (name, part):
+        first, *said = seen.setdefault(os.path.normpath(image), (n, name, part))
+        if said != [name, part]:
             raise InputError(
-                f"{path}: lines {before[0]} and {n} say different things of {image}"
+                f"{path}: lines {first} and {n} say different things of {image}"
             )
+        if first != n:  # an image might be trained and tested on
+            again.append(image)
+            continue
         items[part].append((image, name))
-    if left:
-        warnings.warn(
-            f"{path}: {len(left)} of {len(rows)} lines list what programs leave, such"
-            f" as {left[0]}, and are left out",
-            stacklevel=5,
-        )
+    for images, what in ((left, "what programs leave"), (again, "an image again")):
+        if images:
+            warnings.warn(
+                f"{path}: {len(images)} of {len(rows)} lines list {what}, such as"
+                f" {images[0]}, and are left out",
+                stacklevel=5,
+            )
     if not any(items.values()):
         raise InputError(f"{path} lists no images")
     return items
