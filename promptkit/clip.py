@@ -474,7 +474,7 @@ def load_clip(
         quickgelu (bool | None): for a file, whether its weights want QuickGELU.
 
     Returns:
-        FrozenCLIP: on the device. Its `source` loads it again: load_clip(**source).
+        FrozenCLIP: on the device. Its `source` are the arguments that load it again.
 
     Raises:
         InputError: for an unknown model, tag or precision, a missing or damaged file,

@@ -13,8 +13,8 @@ LINE = re.compile(r"^\[modules: ([\w.]+)(?: -([\w.]+))?\]$", re.MULTILINE)
 
 # Each layer imports only from those before it, and a reader meets them in that order.
 LAYERS = (
-    "errors files frozen towers clip mini_clip prompts data pretrain method train probe"
-    " results protocols plots widgets chapter reproduce pages cli"
+    "errors files frozen towers weights clip mini_clip prompts data pretrain method"
+    " train probe export results protocols plots widgets chapter reproduce pages cli"
 ).split()
 
 SECTION = """## `{name}`
