@@ -339,7 +339,7 @@ def test_code_and_weights_and_images_belong_to_the_configuration(monkeypatch):
     monkeypatch.setattr(
         protocols.inspect,
         "getsource",
-        lambda m: source(m).replace("n_ctx: int = 16", "n_ctx: int = 8"),
+        lambda m: source(m).replace("n_ctx: int | None = None", "n_ctx: int | None = 8"),
     )
     assert protocols._code("coop") != plan.config["code"]
     protocols._code.cache_clear()

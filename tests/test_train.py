@@ -156,15 +156,15 @@ def test_profiles_change_every_recipe_by_one_rule():
         (dict(shots=2), {"n_ctx": 16}, 100),
         (dict(shots=8), {"n_ctx": 16}, 200),
         (dict(shots=16, dataset="imagenet"), {"n_ctx": 16}, 50),
-        (dict(protocol="base-to-new"), {"n_ctx": 4, "init": "a photo of a"}, 200),
+        (dict(protocol="base-to-new"), {"init": "a photo of a"}, 200),
         (
             dict(protocol="base-to-new", dataset="imagenet"),
-            {"n_ctx": 4, "init": "a photo of a"},
+            {"init": "a photo of a"},
             50,
         ),
         (
             dict(protocol="cross-dataset", dataset="imagenet"),
-            {"n_ctx": 4, "init": "a photo of a"},
+            {"init": "a photo of a"},
             50,
         ),
     ],
