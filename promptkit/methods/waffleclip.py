@@ -101,7 +101,8 @@ class WaffleCLIP(Method):
             "context_prompt_ensemble" (with the concept),
             "gpt_descriptions_and_prompt_ensemble", "waffle_and_prompt_ensemble".
         concept: what all classes are, for "A photo of a [concept]: a [class]"; empty:
-            none.
+            none. None: what the published scripts call those of the dataset that it is
+            aimed at, see `CONCEPTS`.
         pairs: random words and random strings, so many of each; of templates twice as
             many.
         budget: of random descriptors, in units of the mean number of a class.
@@ -153,9 +154,10 @@ class WaffleCLIP(Method):
             ("RN50", "ViT-B-32", "ViT-L-14"),
             (),
             "WaffleCLIP: `replicate_key_runs.sh`",
-            "All classes, torchvision's splits, 7 repetitions. 15 pairs; EuroSAT,"
-            " Food101 and OxfordPets with the scripts' concepts (`concept=` for none)."
-            " Words and letters differ unless the published lists are given.",
+            "All classes, torchvision's splits, 7 repetitions. 15 pairs, without a"
+            " concept; `concept=None` takes the scripts' (EuroSAT: land use, Food101:"
+            " food, OxfordPets: breed). Words and letters differ unless the published"
+            " lists are given.",
             extrapolation=protocol == "base-to-new",
         )
         for protocol in PROTOCOLS
@@ -186,7 +188,7 @@ class WaffleCLIP(Method):
             "gpt_descriptions_and_prompt_ensemble",
             "waffle_and_prompt_ensemble",
         ] = "waffle",
-        concept: str = "",
+        concept: str | None = "",
         pairs: int = 15,
         budget: int = 1,
         repetition: int | None = None,
@@ -218,7 +220,7 @@ class WaffleCLIP(Method):
             )
         self.mode, self.concept, self.aggregate = mode, concept, aggregate
         self.pairs, self.budget, self.words = pairs, budget, words
-        self.before = f"{before}{concept}: a " if concept else before
+        self.opening = before
         self.separator, self.after = separator, after
         self.preface, self.clauses = preface, clauses
         self.given = descriptors is not None
@@ -228,12 +230,19 @@ class WaffleCLIP(Method):
         self.register_buffer("repetition", torch.tensor(repetition))
 
     def aim(self, dataset):
-        """Take over the dataset's classes and, unless they were given, its
-        descriptors.
+        """Take over the dataset's classes and, unless they were given, its descriptors
+        and its concept.
         """
+        if self.concept is None:
+            self.concept = self.hparams["concept"] = CONCEPTS.get(dataset.name, "")
         if not self.given:
             self.descriptors = self.hparams["descriptors"] = dict(dataset.facts)
         super().aim(dataset)
+
+    @property
+    def before(self) -> str:
+        """The text before the class name."""
+        return f"{self.opening}{self.concept}: a " if self.concept else self.opening
 
     def sentences(self) -> list[list[str]]:
         """The sentences of each class."""
@@ -463,10 +472,8 @@ class WaffleCLIP(Method):
 
     @classmethod
     def recipe(cls, setting, host=None):
-        """Nothing is learned. The concepts are those of the published scripts."""
-        concept = CONCEPTS.get(setting.dataset)
-        hparams = {"concept": concept} if concept else {}
-        return Recipe(hparams=hparams, epochs=0, augment=False)
+        """Nothing is learned."""
+        return Recipe(epochs=0, augment=False)
 
 
 def spoken(key: str) -> str:
