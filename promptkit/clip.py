@@ -170,7 +170,7 @@ class FrozenCLIP(nn.Module):
 
     def describe(self) -> dict:
         """What loads it again, and what tells it from others."""
-        names = ("name", "pretrained", "precision", "fingerprint")
+        names = ("name", "pretrained", "precision", "fingerprint", "source")
         return {name: getattr(self, name) for name in names}
 
     @cached_property

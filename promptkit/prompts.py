@@ -511,8 +511,8 @@ def overwriting_context(
             or none with more than 4 tokens, as in MaPLe's published code.
 
     Raises:
-        InputError: if n is below 1, the words have fewer tokens than that, or there are
-            words and more than 4 tokens.
+        InputError: if n is below 1, the words have fewer tokens than that or mark a
+            place for the class name, or there are words and more than 4 tokens.
     """
     if n_ctx < 1:
         raise InputError(f"n_ctx must be at least 1, got {n_ctx!r}")
@@ -522,6 +522,11 @@ def overwriting_context(
         raise InputError(
             f"n_ctx must be at most 4 where init={init!r} starts the prompt, as in the"
             f" published code, got {n_ctx}: leave the words out"
+        )
+    if "[CLS]" in init:
+        raise InputError(
+            f"init={init!r} marks a place for the class name, which stands at the end"
+            " here: leave [CLS] out"
         )
     tokens = len(clip.encode(init.replace("_", " ")))
     if init and n_ctx > tokens:

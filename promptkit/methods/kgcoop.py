@@ -52,8 +52,9 @@ class KgCoOp(CoOp):
         clip: the frozen backbone.
         classnames: the C class names.
         lam: the penalty's weight; 0 is CoOp.
-        template: of the hand-written prompts, with "{}" for the class name. None: that
-            of the dataset it is aimed at, "a photo of a {}." before.
+        template: of the hand-written prompts, with "{}" for the class name, or several
+            for their mean. None: that of the dataset it is aimed at, "a photo of a {}."
+            before.
         n_ctx, init, class_specific: the context, as in CoOp; the class name stands at
             the end.
 
@@ -116,7 +117,7 @@ class KgCoOp(CoOp):
         classnames,
         *,
         lam: float = 8.0,
-        template: str | None = None,
+        template: str | list[str] | None = None,
         n_ctx: int | None = None,
         init: str = "a photo of a",
         class_specific: bool = False,
@@ -125,11 +126,12 @@ class KgCoOp(CoOp):
             clip, classnames, n_ctx=n_ctx, init=init, class_specific=class_specific
         )
         expect(lam >= 0, "lam", lam, "at least 0")
+        several = [template] if isinstance(template, str) else template
         expect(
-            template is None or "{}" in template,
+            several is None or (len(several) > 0 and all("{}" in t for t in several)),
             "template",
             template,
-            "a sentence with {} for the class name",
+            "one sentence or more, each with {} for the class name",
         )
         self.lam = lam
 

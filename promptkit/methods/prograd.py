@@ -225,7 +225,7 @@ class ProGrad(CoOp):
         Raises:
             InputError: a name is unknown, or the loss is another one.
         """
-        loss = hyperparameters.get("NAME", "prograd")
+        loss = hyperparameters.get("NAME") or "prograd"
         expect(loss == "prograd", "NAME", loss, "'prograd', the only loss here")
         words = bool(hyperparameters.get("CTX_INIT", True))
         if "CTX_INIT" in hyperparameters:

@@ -101,7 +101,8 @@ class WaffleCLIP(Method):
             "context_prompt_ensemble" (with the concept),
             "gpt_descriptions_and_prompt_ensemble", "waffle_and_prompt_ensemble".
         concept: what all classes are, for "A photo of a [concept]: a [class]"; empty:
-            none.
+            none. None: what the published scripts call those of the dataset that it is
+            aimed at, see `CONCEPTS`.
         pairs: random words and random strings, so many of each; of templates twice as
             many.
         budget: of random descriptors, in units of the mean number of a class.
@@ -129,7 +130,8 @@ class WaffleCLIP(Method):
     kind = "training-free"
     supervision = "none"
     from_dataset = {
-        "descriptors": lambda dataset: dict(dataset.descriptions) if dataset else {}
+        "descriptors": lambda dataset: dict(dataset.descriptions) if dataset else {},
+        "concept": lambda dataset: CONCEPTS.get(dataset.name, "") if dataset else "",
     }
     official_hyperparameters = {
         "mode": "mode",
@@ -157,9 +159,10 @@ class WaffleCLIP(Method):
             ("RN50", "ViT-B-32", "ViT-L-14"),
             (),
             "WaffleCLIP: `replicate_key_runs.sh`",
-            "All classes, torchvision's splits, 7 repetitions. 15 pairs; EuroSAT,"
-            " Food101 and OxfordPets with the scripts' concepts (`concept=` for none)."
-            " Words and letters differ unless the published lists are given.",
+            "All classes, torchvision's splits, 7 repetitions. 15 pairs, without a"
+            " concept; `concept=None` takes the scripts' (EuroSAT: land use, Food101:"
+            " food, OxfordPets: breed). Words and letters differ unless the published"
+            " lists are given.",
             extrapolation=protocol == "base-to-new",
         )
         for protocol in PROTOCOLS
@@ -190,7 +193,7 @@ class WaffleCLIP(Method):
             "gpt_descriptions_and_prompt_ensemble",
             "waffle_and_prompt_ensemble",
         ] = "waffle",
-        concept: str = "",
+        concept: str | None = "",
         pairs: int = 15,
         budget: int = 1,
         repetition: int | None = None,
@@ -220,9 +223,9 @@ class WaffleCLIP(Method):
                 f"mode {mode!r} does not read {idle[0]}: leave it out, or choose one of"
                 f" {', '.join(READ_BY[idle[0]])}"
             )
-        self.mode, self.concept, self.aggregate = mode, concept, aggregate
+        self.mode, self.aggregate = mode, aggregate
         self.pairs, self.budget, self.words = pairs, budget, words
-        self.before = f"{before}{concept}: a " if concept else before
+        self.opening = before
         self.separator, self.after = separator, after
         self.preface, self.clauses = preface, clauses
         if repetition is None:
@@ -233,6 +236,12 @@ class WaffleCLIP(Method):
     def descriptors(self) -> dict[str, list[str]]:
         """Those of each class, as they stand."""
         return self.option("descriptors")
+
+    @property
+    def before(self) -> str:
+        """The text before the class name."""
+        concept = self.option("concept")
+        return f"{self.opening}{concept}: a " if concept else self.opening
 
     def sentences(self) -> list[list[str]]:
         """The sentences of each class."""
@@ -462,10 +471,8 @@ class WaffleCLIP(Method):
 
     @classmethod
     def recipe(cls, setting):
-        """Nothing is learned. The concepts are those of the published scripts."""
-        concept = CONCEPTS.get(setting.dataset)
-        hparams = {"concept": concept} if concept else {}
-        return Recipe(hparams=hparams, epochs=0, augment=False)
+        """Nothing is learned."""
+        return Recipe(epochs=0, augment=False)
 
 
 def spoken(key: str) -> str:
