@@ -16,17 +16,19 @@ from test_reproduce import chapter
 from typer.testing import CliRunner
 
 from promptkit import clip as clip_module
-from promptkit import data, protocols
-from promptkit import method as method_module
+from promptkit import data, grids, registry, runs
 from promptkit.cli import app
 from promptkit.data.images import read_image
+from promptkit.recipe import PROTOCOLS
 from promptkit.registry import load_method, methods
 from promptkit.results import save_run
 
 COMMANDS = [
     "list",
     "run",
+    "evaluate",
     "predict",
+    "export",
     "reproduce",
     "leaderboard",
     "pages",
@@ -40,10 +42,8 @@ def world(tmp_path, monkeypatch):
     """The model "mini" is a tiny one, the datasets "pets" and "cars" are toys, "mini"
     has a shift.
     """
-    toys, load_clip = (
-        {name: toy(name) for name in (*data.MINI_TASKS, *data.SHIFTS)},
-        protocols.load_clip,
-    )
+    toys = {name: toy(name) for name in (*data.MINI_TASKS, *data.SHIFTS)}
+    load_clip = runs.load_clip
     toys["mini"] = replace(toys["mini"], shifts=tuple(data.SHIFTS))
     monkeypatch.setattr(data, "load_dataset", lambda name, root=None: toys[name])
 
@@ -54,8 +54,8 @@ def world(tmp_path, monkeypatch):
             else load_clip(name, pretrained, device, precision)
         )
 
-    monkeypatch.setattr(protocols, "load_clip", load)
-    protocols._clip.cache_clear()
+    monkeypatch.setattr(runs, "load_clip", load)
+    runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
     # A console reads COLUMNS once, when it is made, and the workers of pytest set it:
@@ -64,7 +64,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr("promptkit.cli.console.err", Console(width=200, stderr=True))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    protocols._clip.cache_clear()
+    runs._clip.cache_clear()
 
 
 def promptkit(*words, code=0):
@@ -266,9 +266,9 @@ def test_settings_keep_their_types(world):
         ),
         (
             ["run", "coop", "--shots", "many"],
-            "--shots takes whole numbers separated by commas, not 'many'",
+            "--shots takes whole numbers such as 1, 1,4 or 1-3, not 'many'",
         ),
-        (["run", "clip", "--data", ","], "no dataset is named"),
+        (["run", "clip", "--data", ","], "--data names nothing: ','"),
         (
             ["run", "clip", "--protocol", "domain-generalization", "--data", "pets"],
             "pets has no shifted versions",
@@ -299,7 +299,7 @@ def test_failing_run_exits_with_1(monkeypatch, world):
     def fail(*arguments, **options):
         raise MemoryError("not enough")
 
-    monkeypatch.setattr(protocols, "fit", fail)
+    monkeypatch.setattr(runs, "fit", fail)
     _, said = promptkit("run", "coop", "--data", "pets", *QUICK, code=1)
     assert "1 of 1 runs failed" in said and "MemoryError: not enough" in said
 
@@ -308,7 +308,7 @@ def test_interrupt_exits_with_130(monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(protocols, "fit", interrupt)
+    monkeypatch.setattr(runs, "fit", interrupt)
     _, said = promptkit("run", "coop", "--data", "pets", *QUICK, code=130)
     assert "Interrupted" in said
 
@@ -317,7 +317,7 @@ def test_full_disk_exits_with_1(monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "results/x.json")
 
-    monkeypatch.setattr(protocols, "find_run", full)
+    monkeypatch.setattr(grids, "find_run", full)
     _, said = promptkit("run", "clip", "--data", "pets", code=1)
     assert "No space left on device" in said and "results/x.json" in said
 
@@ -425,7 +425,7 @@ def test_predict(world, monkeypatch):
     )
     words = ["predict", "photos", "--checkpoint", "pets.safetensors", "--json"]
     tiny_one = tiny()
-    for module in (clip_module, method_module):
+    for module in (clip_module, registry):
         monkeypatch.setattr(module, "load_clip", lambda *args, **kwargs: tiny_one)
     rows = json.loads(promptkit(*words)[0])
     assert [row["image"] for row in rows] == ["photos/green.png", "photos/red.png"]
@@ -478,8 +478,8 @@ def test_benchmark(world):
         "mini,pets",
     ]
     text, _ = promptkit(*words, "--max-steps", 1, "--seeds", "1,2")
-    rows = protocols.execute_all(
-        protocols.benchmark(
+    rows = grids.execute_all(
+        grids.benchmark(
             ["clip", "coop", "dept(coop)"],
             ["mini", "pets"],
             seeds=(1, 2),
@@ -488,11 +488,8 @@ def test_benchmark(world):
         ),
         progress=False,
     )
-    assert (
-        set(rows["protocol"]) == set(protocols.PROTOCOLS)
-        and rows["value"].notna().all()
-    )
-    for protocol in protocols.PROTOCOLS:
+    assert set(rows["protocol"]) == set(PROTOCOLS) and rows["value"].notna().all()
+    for protocol in PROTOCOLS:
         part = rows[rows["protocol"] == protocol]
         assert protocol in text and set(part["method"]) == {
             "clip",
