@@ -234,9 +234,15 @@ def serve(calls, parent: int):
     import cloudpickle
 
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
     os.dup2(2, 1)  # what is printed must not get among the answers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def leave(number, _frame):
+        os.dup2(nowhere, 2)  # whatever is interrupted must not complain
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.showwarning = lambda message, *_: print(
         f"Warning: {message}", file=sys.stderr

@@ -16,8 +16,7 @@ from test_reproduce import chapter
 from typer.testing import CliRunner
 
 from promptkit import clip as clip_module
-from promptkit import data, grids, runs
-from promptkit import method as method_module
+from promptkit import data, grids, registry, runs
 from promptkit.cli import app
 from promptkit.data.images import read_image
 from promptkit.recipe import PROTOCOLS
@@ -27,7 +26,9 @@ from promptkit.results import save_run
 COMMANDS = [
     "list",
     "run",
+    "evaluate",
     "predict",
+    "export",
     "reproduce",
     "leaderboard",
     "pages",
@@ -41,10 +42,8 @@ def world(tmp_path, monkeypatch):
     """The model "mini" is a tiny one, the datasets "pets" and "cars" are toys, "mini"
     has a shift.
     """
-    toys, load_clip = (
-        {name: toy(name) for name in (*data.MINI_TASKS, *data.SHIFTS)},
-        runs.load_clip,
-    )
+    toys = {name: toy(name) for name in (*data.MINI_TASKS, *data.SHIFTS)}
+    load_clip = runs.load_clip
     toys["mini"] = replace(toys["mini"], shifts=tuple(data.SHIFTS))
     monkeypatch.setattr(data, "load_dataset", lambda name, root=None: toys[name])
 
@@ -267,9 +266,9 @@ def test_settings_keep_their_types(world):
         ),
         (
             ["run", "coop", "--shots", "many"],
-            "--shots takes whole numbers separated by commas, not 'many'",
+            "--shots takes whole numbers such as 1, 1,4 or 1-3, not 'many'",
         ),
-        (["run", "clip", "--data", ","], "no dataset is named"),
+        (["run", "clip", "--data", ","], "--data names nothing: ','"),
         (
             ["run", "clip", "--protocol", "domain-generalization", "--data", "pets"],
             "pets has no shifted versions",
@@ -426,7 +425,7 @@ def test_predict(world, monkeypatch):
     )
     words = ["predict", "photos", "--checkpoint", "pets.safetensors", "--json"]
     tiny_one = tiny()
-    for module in (clip_module, method_module):
+    for module in (clip_module, registry):
         monkeypatch.setattr(module, "load_clip", lambda *args, **kwargs: tiny_one)
     rows = json.loads(promptkit(*words)[0])
     assert [row["image"] for row in rows] == ["photos/green.png", "photos/red.png"]

@@ -25,6 +25,7 @@ from promptkit.cli.console import (
     at_least,
     examples,
     flag,
+    number,
     option,
     say,
     weights,
@@ -96,8 +97,9 @@ def reproduce(
     max_steps: MaxSteps = None,
     device: Device = None,
 ):
-    """Execute the chapters of the book through papermill, or run the whole benchmark;
-    exit code 1 if one fails.
+    """Execute the chapters of the book, or run the whole benchmark.
+
+    Exit code 1 if one fails.
     """
     numbers = None if seeds is None else whole_numbers("--seeds", seeds)
     drawn = None if shots is None else whole_numbers("--shots", shots, 1)
@@ -198,13 +200,17 @@ def leaderboard(
     ) = None,
     data: option(str | None, "Datasets to show beside the averages, or all.") = None,
     level: option(
-        float, "Level of the confidence intervals over seeds.", show_default=True
+        float,
+        "Level of the confidence intervals over seeds.",
+        parser=number,
+        show_default=True,
     ) = 0.95,
     as_csv: flag("Print means and intervals as CSV.", "--csv") = False,
     as_json: flag("Print means and intervals as JSON.", "--json") = False,
 ):
-    """Show what the stored runs add up to: means over seeds with intervals, and
-    averages over datasets.
+    """Show what the stored runs add up to.
+
+    Means over seeds with intervals, and averages over datasets.
     """
     from promptkit.results import TRANSFER, load_results, results_dir, summarise
 
@@ -253,9 +259,7 @@ def pages(
     results: Results = None,
     book: option(Path, "Folder of the book's pages.", show_default=True) = Path("book"),
 ):
-    """Write the book's leaderboard and claims pages from the stored runs of the mini
-    profile.
-    """
+    """Write the book's leaderboard and claims pages from stored runs."""
     from promptkit import pages
 
     table = (

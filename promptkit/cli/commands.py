@@ -2,6 +2,7 @@
 when it is stopped or nobody reads on.
 """
 
+import atexit
 import io
 import os
 import sys
@@ -36,7 +37,7 @@ class Commands(TyperGroup):
             if not error.format_message():  # a group without a command shows its help
                 raise
             where = error.ctx.command_path if error.ctx else "promptkit"
-            say(f"Error: {error.format_message()} See '{where} --help'.")
+            say(f"Error: {error.format_message().rstrip('.')}; see '{where} --help'")
             raise typer.Exit(2) from None
         except BrokenPipeError:
             raise typer.Exit(128 + _SIGPIPE) from None
@@ -79,12 +80,21 @@ def main():
         if stream is not None and not stream.isatty():
             setattr(sys, name, _readable(stream, number))
     try:
-        app()
+        try:
+            app()
+        except SystemExit as done:
+            code = done.code
+        sys.stdout.flush()
+        if not _said:
+            atexit._run_exitfuncs()
     except KeyboardInterrupt as error:  # before or after the command itself
         last_words()
-        raise SystemExit(getattr(error, "code", 130)) from None
-    finally:
-        sys.stdout.flush()
+        code = getattr(error, "code", 130)
+    except SystemExit as done:
+        code = done.code
+    sys.stderr.flush()
+    # Taking torch apart would take seconds, in which no signal is answered.
+    os._exit(code or 0)
 
 
 _said = []

@@ -2,6 +2,7 @@
 the same everywhere.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +70,26 @@ def option(kind, text, *names, show_default=False, **more):
     ]
 
 
+def whole(text) -> int:
+    """A whole number of an option; which ones fit, the command checks."""
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no whole number") from None
+
+
+def number(text) -> float:
+    """A finite number of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        comma = "; write a decimal point" if "," in str(text) else ""
+        raise typer.BadParameter(f"{text!r} is no number{comma}")
+    return value
+
+
 def flag(text, *names):
     """An option that is given or not."""
     return option(bool, text, *names)
@@ -86,7 +107,10 @@ Profile = option(
     " the papers' recipes. Default: mini, and full for real data with real weights.",
 )
 Workers = option(
-    int, "Processes at the same time, each with one thread.", show_default=True
+    int,
+    "Processes at the same time, each with one thread.",
+    parser=whole,
+    show_default=True,
 )
 Scheduler = option(
     str | None, "Address of a Dask scheduler in place of --workers: tcp://host:8786."
@@ -94,7 +118,7 @@ Scheduler = option(
 Root = option(
     Path | None, "Folder of the real datasets; default: $PROMPTKIT_DATA, else ./data."
 )
-MaxSteps = option(int | None, "Stop each training after so many steps.")
+MaxSteps = option(int | None, "Stop each training after so many steps.", parser=whole)
 Settings = option(
     list[str] | None,
     "A hyperparameter (n_ctx=4), one of a plug-in's host (host.n_ctx=4) or a field of"

@@ -26,9 +26,7 @@ app.add_typer(data_app)
 
 @data_app.command("list", epilog=examples("data list"))
 def list_data():
-    """List the datasets: those that come with the package, the benchmark's, the shifts
-    of ImageNet.
-    """
+    """List the datasets: of the package, of the benchmark, shifts of ImageNet."""
     from promptkit import data
     from promptkit.data.benchmark import TABLE
     from promptkit.data.download import ORIGINS
@@ -115,8 +113,9 @@ def check_data(
     root: Root = None,
     images: flag("Decode every image too.", "--images") = False,
 ):
-    """Say what is there, missing or damaged, and what to do; exit code 1 if something
-    is damaged.
+    """Say what is there, missing or damaged, and what to do.
+
+    Exit code 1 if something is damaged.
     """
     from promptkit.data.benchmark import TABLE, data_root
     from promptkit.data.check import check

@@ -20,6 +20,7 @@ from promptkit.cli.console import (
     option,
     say,
     weights,
+    whole,
 )
 from promptkit.errors import InputError
 
@@ -49,7 +50,7 @@ def predict(
         "Class names, separated by commas; default: those it was trained on.",
     ) = None,
     classes_file: option(Path | None, "Class names from a file, one a line.") = None,
-    top: option(int, "How many classes to print.", show_default=True) = 3,
+    top: option(int, "How many classes to print.", parser=whole, show_default=True) = 3,
     model: Model = None,
     pretrained: Pretrained = None,
     like: Like = None,
@@ -57,8 +58,9 @@ def predict(
     device: Device = None,
     as_json: Json = False,
 ):
-    """Classify images, also by names that the checkpoint was not trained on. A file
-    that cannot be read is named; the others are classified, and the exit code is 1.
+    """Classify images, also by names that the checkpoint was not trained on.
+
+    A file that cannot be read is named and the others are classified; exit code 1 then.
     """
     at_least(1, top=top)
     names = values.class_names(classes, classes_file)
@@ -162,9 +164,7 @@ def export(
     quickgelu: QuickGELU = None,
     device: Device = None,
 ):
-    """Write a trained method as one network from pixels to logits, which runs without
-    promptkit.
-    """
+    """Write a trained method as one network, which runs without promptkit."""
     with console.err.status("loading ..."):
         from promptkit.export import export_checkpoint
     more = weights(like, quickgelu)

@@ -28,9 +28,11 @@ from promptkit.cli.console import (
     at_least,
     examples,
     flag,
+    number,
     option,
     say,
     weights,
+    whole,
 )
 from promptkit.errors import InputError
 from promptkit.parameters import whole_numbers
@@ -134,9 +136,15 @@ def run(
     quickgelu: QuickGELU = None,
     precision: Precision = "fp32",
     settings: Settings = None,
-    lr: option(float | None, "Learning rate; default: the recipe's.") = None,
-    epochs: option(int | None, "Epochs; default: the recipe's.") = None,
-    batch_size: option(int | None, "Images a step; default: the recipe's.") = None,
+    lr: option(
+        float | None, "Learning rate; default: the recipe's.", parser=number
+    ) = None,
+    epochs: option(
+        int | None, "Epochs; default: the recipe's.", parser=whole
+    ) = None,
+    batch_size: option(
+        int | None, "Images a step; default: the recipe's.", parser=whole
+    ) = None,
     max_steps: MaxSteps = None,
     save: option(
         Path | None,
@@ -331,16 +339,21 @@ def pretrain(
         Path | None, "Folder for the weights; default: the package's own."
     ) = None,
     samples: option(
-        int | None, "Image-caption pairs to see; default: the recipe's."
+        int | None,
+        "Image-caption pairs to see; default: the recipe's.",
+        parser=whole,
     ) = None,
-    images: option(int | None, "Images to draw; default: the recipe's.") = None,
+    images: option(
+        int | None, "Images to draw; default: the recipe's.", parser=whole
+    ) = None,
     resume: Annotated[
         bool, typer.Option(help="Go on from the checkpoint of an interrupted run.")
     ] = True,
     device: Device = None,
 ):
-    """Pre-train a mini CLIP on the mini world: about an hour on two cores, minutes on a
-    GPU.
+    """Pre-train a mini CLIP on the mini world.
+
+    That takes about an hour on two cores, and minutes on a GPU.
     """
     at_least(1, samples=samples, images=images)
     with console.err.status("loading ..."):
