@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
-from promptkit.method import Batch, Method, load_method
+from promptkit.method import Batch, Method
+from promptkit.registry import load_method
 
-__all__ = ["Deployed", "describe", "export", "export_onnx", "export_program"]
+__all__ = ["Deployed", "describe", "export_checkpoint", "export_onnx", "export_program"]
 
 
 class Deployed(nn.Module):
@@ -170,7 +171,9 @@ def export_onnx(method: Method, path) -> Path:
     return path
 
 
-def export(checkpoint, output, classnames: list[str] | None = None) -> Path:
+def export_checkpoint(
+    checkpoint, output, classnames: list[str] | None = None, **how
+) -> Path:
     """Write a saved method as ONNX or as a program of `torch.export`.
 
     Args:
@@ -179,6 +182,8 @@ def export(checkpoint, output, classnames: list[str] | None = None) -> Path:
             `torch.export.load`; the latter holds what `describe` says in the extra file
             "promptkit.json".
         classnames (list[str] | None): C names; by default those of the checkpoint.
+
+        how: how its weights are read, as `load_method` takes it (pretrained, like, ...).
 
     Raises:
         InputError: for another suffix, a file that is no saved method, or a method that
@@ -189,7 +194,7 @@ def export(checkpoint, output, classnames: list[str] | None = None) -> Path:
         raise InputError(
             f"the name of an exported method ends in .onnx or .pt2, not {output.name!r}"
         )
-    method = load_method(checkpoint, device="cpu")
+    method = load_method(checkpoint, **{"device": "cpu"} | how)
     if classnames is not None:
         method.set_classes(classnames)
     if output.suffix == ".onnx":

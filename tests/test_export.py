@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from promptkit.clip import load_clip
 from promptkit.data import load_dataset, transform
 from promptkit.errors import InputError
-from promptkit.export import Deployed, export, export_onnx, export_program
+from promptkit.export import Deployed, export_onnx, export_program
 from promptkit.method import Batch
 from promptkit.registry import build
 
@@ -149,7 +149,7 @@ def test_what_is_no_method(tiny_clip, tmp_path):
     with pytest.raises(InputError, match="only a method can be exported, not 3"):
         Deployed(3)
     with pytest.raises(InputError, match="ends in .onnx or .pt2, not 'm.pt'"):
-        export(tmp_path / "m.safetensors", tmp_path / "m.pt")
+        export_checkpoint(tmp_path / "m.safetensors", tmp_path / "m.pt")
 
 
 def test_missing_packages_are_named(tiny_clip, tmp_path, monkeypatch):
@@ -165,9 +165,9 @@ def test_a_saved_method_without_this_package(tmp_path):
     clip, dataset = load_clip("mini", device="cpu"), load_dataset("pets")
     method = build("coop", clip, dataset.classnames[:5])
     saved = method.save(tmp_path / "m.safetensors")
-    onnx = export(saved, tmp_path / "m.onnx")
+    onnx = export_checkpoint(saved, tmp_path / "m.onnx")
     names = dataset.classnames[5:9]
-    program = export(saved, tmp_path / "m.pt2", names)
+    program = export_checkpoint(saved, tmp_path / "m.pt2", names)
     x = transform(clip, dataset.test.images()[:3])
     torch.save(x, tmp_path / "x.pt")
     code = """

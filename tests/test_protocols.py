@@ -330,7 +330,9 @@ def test_code_and_weights_and_images_belong_to_the_configuration(monkeypatch):
     monkeypatch.setattr(
         identity.inspect,
         "getsource",
-        lambda m: source(m).replace("n_ctx: int | None = None", "n_ctx: int | None = 8"),
+        lambda m: source(m).replace(
+            "n_ctx: int | None = None", "n_ctx: int | None = 8"
+        ),
     )
     assert identity.of_code("coop") != planned.config["code"]
     identity._module.cache_clear()

@@ -18,7 +18,7 @@ from promptkit.data.store import Store
 from promptkit.errors import InputError
 from promptkit.files import cache_folder
 
-BICUBIC = InterpolationMode.BICUBIC
+INTERPOLATIONS = {mode.value: mode for mode in InterpolationMode}
 
 
 def transform(
@@ -30,11 +30,11 @@ def transform(
 ) -> torch.Tensor:
     """Images as `clip` wants them: (B, 3, S, S) float, normalised, on its device.
 
-    Testing: shorter side to S, centre crop. Training (`augment`): a random crop of a
+    Testing: shorter side to S, centre crop (or both sides to S, as the weights want). Training (`augment`): a random crop of a
     share (`crop`) of the area and 3/4-4/3 in shape, resized, flipped in half of the
     cases; the
     same for every method, as in CoOp's code (Zhou et al. 2022). Both resize by PIL,
-    bicubic.
+    bicubic unless the weights want another interpolation.
 
     Args:
         images: (B, 3, H, W) uint8, or a list of B tensors (3, H, W) uint8 of any sizes.
@@ -52,19 +52,20 @@ def transform(
             _draw_crop(image.shape, generator, crop) if augment else None
             for image in images
         ]
-        x = torch.stack(
-            list(workers().map(_resize, images, crops, [size] * len(images)))
-        )
+        how = [(size, INTERPOLATIONS[clip.interpolation], clip.resize_mode)]
+        x = torch.stack(list(workers().map(_resize, images, crops, how * len(images))))
     return clip.normalize(x.to(clip.device).float() / 255)
 
 
-def _resize(image, crop, size):  # (3, H, W) uint8 -> (3, S, S) uint8
+def _resize(image, crop, how):  # (3, H, W) uint8 -> (3, S, S) uint8
+    size, interpolation, mode = how
     image = pil.to_pil_image(image)
     if crop is None:
-        image = pil.center_crop(pil.resize(image, size, BICUBIC), [size, size])
+        short = size if mode == "shortest" else [size, size]
+        image = pil.center_crop(pil.resize(image, short, interpolation), [size, size])
     else:
         *box, flip = crop
-        image = pil.resized_crop(image, *box, [size, size], BICUBIC)
+        image = pil.resized_crop(image, *box, [size, size], interpolation)
         image = pil.hflip(image) if flip else image
     return pil.pil_to_tensor(image)
 
