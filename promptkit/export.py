@@ -55,7 +55,7 @@ class Deployed(nn.Module):
         if not isinstance(method, Method):
             raise InputError(f"only a method can be exported, not {method!r}")
         method = copy.deepcopy(method).eval().requires_grad_(False)
-        adapts = type(method).forward is not Method.forward or method.reads == "views"
+        adapts = any(type(part).forward is not Method.forward for part in method.nest())
         if method.conditional or adapts:
             why = "it adapts to each image" if adapts else "each image has its own"
             raise InputError(
@@ -63,15 +63,20 @@ class Deployed(nn.Module):
                 f" once the classes are known, and {why}"
             )
         with torch.no_grad():
-            text = method.class_features().detach().clone()  # (C, E)
-            method.score(text[:1], text)  # what it makes when first asked, it has now
+            text = method.class_features()  # (C, E), or what its own score() reads
+            sets = isinstance(text, list | tuple)
+            text = [part.detach().clone() for part in (text if sets else [text])]
+            # What it makes when first asked, it has now.
+            method.score(text[0][:1], text if sets else text[0])
         self.classnames = list(method.classnames)
         self.method = method
         # A method holds its CLIP outside of the module tree; these are what images meet
         # of it.
         self.visual = method.clip.model.visual
         self.logit_scale = method.clip.model.logit_scale
-        self.register_buffer("text", text)
+        self._sets = len(text) if sets else None
+        for n, part in enumerate(text):
+            self.register_buffer(f"text_{n}" if sets else "text", part)
         super().train(False)
 
     def train(self, mode: bool = True):
@@ -81,7 +86,10 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of normalised images (B, 3, S, S)."""
         image = self.method.encode(Batch(images=images))  # (B, E)
-        return self.method.score(image, self.text)
+        if self._sets is None:
+            return self.method.score(image, self.text)
+        parts = [getattr(self, f"text_{n}") for n in range(self._sets)]
+        return self.method.score(image, parts)
 
 
 def describe(method: Method) -> dict:

@@ -790,7 +790,7 @@ def test_names_and_sentences_of_a_built_in_dataset():
     said = {name.upper(): [f"a {name}"] for name in pets.classnames}
     said = data.load_dataset("pets", descriptions=said)
     assert said.descriptions == {name: [f"a {name}"] for name in pets.classnames}
-    assert said.facts == said.descriptions and said.identity == pets.identity
+    assert said.identity == pets.identity
 
 
 DESCRIBED = {  # a JSON file, and sentences by class or what is said
@@ -1880,7 +1880,6 @@ def test_case_30_lists_written_by_hand_are_read_as_they_stand(name):
     dataset = data.load_dataset(name, "root")
     assert dataset.classnames == what.classnames
     assert dataset.source_rows == what.source_rows
-    assert dataset.official == TABLE[name].loader
     for part, expected in what.parts.items():
         split = getattr(dataset, part)
         start = "" if what.images == "." else f"{what.images}/"
@@ -1926,14 +1925,6 @@ def test_what_learns_is_given_no_test_images():
     assert imagenet.val_is_test and not drawn.val_is_test
     given = imagenet.for_training()
     assert len(given.test) == len(given.val) == 0 and len(given.train) == 30
-
-
-def test_the_official_name():
-    assert data.load_dataset("pets").official == ""
-    classes("dtd")
-    assert data.load_dataset("./dtd").official == ""
-    make("oxford_flowers", Path("root"))
-    assert data.load_dataset("oxford_flowers", "root").official == "OxfordFlowers"
 
 
 def test_digests_are_of_the_content_alone():

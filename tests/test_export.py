@@ -13,7 +13,12 @@ from torch.testing import assert_close
 from promptkit.clip import load_clip
 from promptkit.data import load_dataset, transform
 from promptkit.errors import InputError
-from promptkit.export import Deployed, export_onnx, export_program
+from promptkit.export import (
+    Deployed,
+    export_checkpoint,
+    export_onnx,
+    export_program,
+)
 from promptkit.method import Batch
 from promptkit.registry import build
 
