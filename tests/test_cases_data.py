@@ -1797,19 +1797,19 @@ DRAWS = {  # a file, and what is said; the dataset has one training image of two
     ),
     "unknown": (
         '{"train": ["fox/9.bmp"], "val": []}',
-        "none of the images of 'birds' is fox/9",
+        "none of the images of 'birds' is 'fox/9",
     ),
     "of the test": (
         '{"train": ["fox/4.bmp"], "val": []}',
-        "none of the images .* is fox/4",
+        "none of the images .* is 'fox/4",
     ),
     "two fit": (
         '{"train": ["0.bmp"], "val": []}',
-        "2 of the images of 'birds' is 0.bmp",
+        "2 of the images of 'birds' is '0.bmp",
     ),
     "twice": (
         '{"train": ["fox/0.bmp", "./fox/0.bmp"], "val": []}',
-        "lists ./fox/0.bmp twice",
+        "lists './fox/0.bmp' twice",
     ),
     "too few": (
         '{"train": ["fox/0.bmp"], "val": ["fox/2.bmp", "heron/2.bmp"]}',

@@ -154,6 +154,7 @@ def test_both_halves_of_the_main_set_hold_every_family():
 
 
 def test_images_come_from_the_cache_the_second_time(monkeypatch):
+    datasets._mini.cache_clear()  # another test may have had them, of another folder
     split = data.load_dataset("sat").val
     first = split.images()
     assert first.shape == (80, 3, SIZE, SIZE) and first.dtype == torch.uint8

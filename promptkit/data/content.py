@@ -46,6 +46,7 @@ class Digests:
 
     def __init__(self, folder: Path):
         self.folder, self._seen = Path(folder), {}
+        self._start = str(folder)  # joining paths takes longer than looking at files
 
     def of(self, paths: list[str]) -> list[bytes]:
         """The digest of each file.
@@ -75,7 +76,7 @@ class Digests:
 
     def _stamp(self, path):
         try:
-            return _stamp(os.stat(self.folder / path))
+            return _stamp(os.stat(os.path.join(self._start, path)))
         except OSError:
             return None  # it is read next, which says what is wrong
 

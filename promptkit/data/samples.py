@@ -180,9 +180,9 @@ def _rows(split: Split, listed, where, name):
         ]
         if len(fits) != 1:
             what = "none" if not fits else f"{len(fits)}"
-            raise InputError(f"{where}: {what} of the images of {name!r} is {text}")
+            raise InputError(f"{where}: {what} of the images of {name!r} is {text!r}")
         if fits[0] in rows:
-            raise InputError(f"{where} lists {text} twice")
+            raise InputError(f"{where} lists {text!r} twice")
         rows[fits[0]] = text
     return list(rows)
 
