@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_train import NAMES, toy_dataset
 
 from promptkit.errors import InputError
 from promptkit.method import Batch
@@ -22,8 +21,9 @@ from promptkit.methods.promptsrc import PromptSRC
 from promptkit.methods.tpt import OPERATIONS, TPT, image_views
 from promptkit.methods.waffleclip import READ_BY, WaffleCLIP
 from promptkit.published import PROTOCOLS
-from promptkit.recipe import Setting
+from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, methods, recipe
+from promptkit.testing import NAMES, toy_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -473,19 +473,22 @@ def test_promptsrc_tells_a_plain_loss_from_its_own(tiny_clip):
     assert (whole.gpa_mean, whole.gpa_std) == (6 / 20, 10 / 20)
 
 
-def test_promptsrc_averages_whatever_it_is_given(tiny_clip):
+def test_promptsrc_averages_a_plugin_s_parameters_too(tiny_clip):
     """What a plug-in adds is averaged with the prompts that it was trained with."""
-    method = build("promptsrc", tiny_clip, NAMES, templates=["a {}."])
-    head, seen = torch.nn.Parameter(torch.zeros(3)), []
+    host = {"templates": ["a {}."], "gpa_mean": 0.5, "gpa_std": 0.4}
+    method = build("dept(promptsrc)", tiny_clip, NAMES, host=host)
+    plan, seen = Recipe(epochs=4), []
     for epoch in range(4):
         with torch.no_grad():
-            head += epoch + 1
-        seen.append(head.detach().clone())
-        method.average(epoch, 4, {"classifier.weight": head})
-    weights = method.epoch_weights(4).float()
-    mean = sum(w * v for w, v in zip(weights, seen, strict=True))
-    torch.testing.assert_close(head.detach(), mean)
-    assert not torch.allclose(head.detach(), seen[-1])
+            for p in method.parameters():
+                p += epoch + 1
+        seen.append([p.detach().clone() for p in method.parameters()])
+        method.end_epoch(epoch, plan)
+    weights = method.host.epoch_weights(4).float()
+    for n, p in enumerate(method.parameters()):
+        mean = sum(w * epoch[n] for w, epoch in zip(weights, seen, strict=True))
+        torch.testing.assert_close(p.detach(), mean)
+        assert not torch.allclose(p.detach(), seen[-1][n])
 
 
 # --- TPT ------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import NAMES, toy_dataset
 
 from promptkit.data import transform
 from promptkit.errors import InputError
@@ -17,6 +16,7 @@ from promptkit.methods.waffleclip import linked
 from promptkit.prompts import Context, deep_prompts
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
+from promptkit.testing import NAMES, toy_dataset
 from promptkit.train import fit
 
 CLEAN = [name.replace("_", " ") for name in NAMES]

@@ -7,55 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from promptkit.data import Dataset, Split, transform
+from promptkit.data import transform
 from promptkit.errors import InputError
 from promptkit.method import REGISTRY, Batch, Method, register
 from promptkit.plugin import Plugin
 from promptkit.recipe import Recipe, Setting, for_profile, learning_rate
 from promptkit.registry import build, from_official, load_method, recipe
+from promptkit.testing import NAMES, toy_dataset
 from promptkit.train import DivergedError, History, accuracy, fit, shuffled
-
-NAMES = ["red square", "green_circle", "blue star", "an old, grey teapot", "pug"]
-
-
-def toy_dataset(clip, classnames=NAMES, shots=4, seed=0):
-    """Few images of made-up classes, at CLIP's image size."""
-    generator = torch.Generator().manual_seed(seed)
-    size, labels = (
-        clip.image_size,
-        torch.arange(len(classnames)).repeat_interleave(shots),
-    )
-    colours = torch.randint(
-        0, 256, (len(classnames), 3, 4, 4), generator=generator
-    ).float()
-
-    def split(part):
-        noise = 40 * torch.randn(len(labels), 3, size, size, generator=generator)
-        pixels = (
-            (F.interpolate(colours, (size, size))[labels] + noise)
-            .clamp(0, 255)
-            .to(torch.uint8)
-        )
-        return Split(
-            labels,
-            lambda: pixels,
-            torch.arange(len(labels)),
-            f"toy-{part}-{seed}-{shots}-{len(classnames)}",
-        )
-
-    template = "a photo of a {}, a toy."
-    return Dataset(
-        "toy",
-        "Toys",
-        list(classnames),
-        template,
-        split("train"),
-        split("val"),
-        split("test"),
-    )
 
 
 @pytest.fixture(autouse=True)

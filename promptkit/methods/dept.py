@@ -187,7 +187,7 @@ class DePT(Plugin):
             image, text
         )
 
-    def criterion(self, batch, image, text):
+    def criterion(self, batch, image, text, score=None):
         itm = self.host.criterion(batch, image, text)
         if self.classifier is None:
             cat = F.cross_entropy(self.cat(image, text), batch.labels)

@@ -210,25 +210,17 @@ class PromptSRC(IVLP):
             -((e - self.gpa_mean * epochs) ** 2) / (2 * (self.gpa_std * epochs) ** 2)
         ).softmax(dim=0)
 
-    def end_epoch(self, epoch, recipe):
-        self.average(epoch, recipe.epochs, dict(self.named_parameters()))
-
     @torch.no_grad()
-    def average(self, epoch, epochs, parameters):
-        """Add an epoch's parameters to the average; after the last epoch the average
-        takes their place.
-
-        Args:
-            epoch: from 0.
-            epochs: of the training.
-            parameters: ``{name: Parameter}``, those of a plug-in around this host
-                included: what is tested together is averaged together.
+    def end_epoch(self, epoch, recipe, outer=None):
+        """Add this epoch's parameters to the average; after the last epoch the average
+        takes their place. What is tested together is averaged together: a plug-in's
+        parameters too.
         """
-        weight = self.epoch_weights(epochs)[epoch].item()
-        for name, p in parameters.items():
+        weight = self.epoch_weights(recipe.epochs)[epoch].item()
+        for name, p in (outer or self).named_parameters():
             before = self.training_state.get(name, 0.0) if epoch else 0.0
             self.training_state[name] = before + weight * p.detach()
-            if epoch == epochs - 1:
+            if epoch == recipe.epochs - 1:
                 p.copy_(self.training_state[name])
 
     @classmethod
