@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pandas as pd
 from tqdm import tqdm
 
-from promptkit import data
+from promptkit import data, identity
 from promptkit.data import own
 from promptkit.errors import InputError, unknown
 from promptkit.method import register
@@ -156,7 +156,7 @@ def execute_all(
     single = len(todo) == 1 and alone
     arguments = {"results": where, "force": force, "progress": progress and single}
     if not alone:
-        arguments["classes"] = defined_elsewhere()
+        arguments["classes"] = [identity.with_source(c) for c in defined_elsewhere()]
     arguments["failed"] = lambda item, reason: (None, reason)
     done = parallel(_attempt, items, workers, scheduler, **arguments)
     title = f"{len(todo)} of {len(plans)} runs to do"

@@ -8,9 +8,9 @@ import ast
 import hashlib
 import inspect
 import json
+import linecache
 import platform
 import sys
-import textwrap
 from functools import cache
 from importlib import import_module, metadata
 
@@ -57,15 +57,40 @@ def _class(cls) -> str:
     if module in ("promptkit.method", "promptkit.plugin"):
         return ""  # part of the core
     loaded = sys.modules.get(module)
-    if getattr(loaded, "__file__", None):
+    if module != "__main__" and getattr(loaded, "__file__", None):
         return _module(module)
-    try:  # a notebook's cell, a prompt
-        return _tree(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError):
+    return _typed(cls)
+
+
+def with_source(cls):
+    """A class that a process made by hand, ready for another one, which cannot read its
+    source: it takes that along.
+    """
+    cls._source = _typed(cls)
+    return cls
+
+
+def _typed(cls) -> str:
+    """A class of a notebook's cell, which has no file: the source of its functions is
+    known, and with it the cell's; what is no function is told by its value.
+    """
+    if "_source" in vars(cls):
+        return cls._source
+    members = [getattr(f, "__func__", f) for f in vars(cls).values()]
+    functions = [f for f in members if inspect.isfunction(f)]
+    for function in functions:
+        cell = "".join(linecache.getlines(function.__code__.co_filename))
+        for node in ast.walk(ast.parse(cell)):
+            first = function.__code__.co_firstlineno
+            inside = isinstance(node, ast.ClassDef) and node.name == cls.__name__
+            if inside and node.lineno <= first <= node.end_lineno:
+                return ast.dump(_plain(node))
+    if functions:
         raise InputError(
             f"the source of {cls.__qualname__} cannot be read, so its results could not"
             " be told from those of another version: define it in a file or a notebook"
-        ) from None
+        )
+    return repr(sorted((k, repr(v)) for k, v in vars(cls).items() if k[:2] != "__"))
 
 
 @cache
@@ -74,12 +99,16 @@ def _module(name: str) -> str:
 
 
 def _tree(source: str) -> str:
-    tree = ast.parse(source)
+    return ast.dump(_plain(ast.parse(source)))
+
+
+def _plain(tree):
+    """A syntax tree without its docstrings."""
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if documented and ast.get_docstring(node):
             node.body = node.body[1:]
-    return ast.dump(tree)
+    return tree
 
 
 def _hash(text: str) -> str:
