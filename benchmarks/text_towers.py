@@ -1,13 +1,14 @@
-"""Time and peak memory of a training step through the text tower, against open_clip's
-plain full-length pass.
+"""Processor time and peak memory of a training step through the text tower, against
+open_clip's plain full-length pass.
 
-    python benchmarks/text_towers.py              # every case; about ten minutes on one
-    core python benchmarks/text_towers.py coop mini    # some of them
+    python benchmarks/text_towers.py              # every case, minutes on one core
+    python benchmarks/text_towers.py coop mini    # some of them
 
-A case runs in a process of its own for each side, so that peak memory (of the whole
-process, model included) is that side's alone. Both sides compute the same loss from the
-same weights, and the table shows how far their gradients are apart. Weights are random:
-speed and memory do not depend on them.
+Times are those that the process had a processor for, summed over its threads, so that
+other work on the machine counts little. A case runs in a process of its own for each
+side, so that peak memory (of the whole process, model included) is that side's alone.
+Both sides compute the same loss from the same weights, and the table shows how far
+their gradients are apart. Weights are random: speed and memory do not depend on them.
 """
 
 import argparse
@@ -195,9 +196,9 @@ def measure(case: Case, side: str, path: str) -> None:
     step, seconds = sides[side], []
     for _ in range(case.repeats + (case.repeats > 1)):  # the first warms up
         context.vectors.grad = None
-        start = time.perf_counter()
+        start = time.process_time()
         step(clip, context, *rest)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

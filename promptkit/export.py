@@ -79,6 +79,15 @@ class Deployed(nn.Module):
             self.register_buffer(f"text_{n}" if sets else "text", part)
         super().train(False)
 
+    def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .half() come to
+        probe = fn(self.text.new_empty(0))
+        if (probe.dtype, probe.device) != (self.text.dtype, self.text.device):
+            raise InputError(
+                "a deployed method shares its weights with its CLIP: load the CLIP on"
+                " that device and in that precision, and deploy the method anew"
+            )
+        return self
+
     def train(self, mode: bool = True):
         """Nothing here is trained."""
         return super().train(False)

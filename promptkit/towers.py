@@ -8,6 +8,7 @@ once a group and shared by all classes, forward and backward. The parameters are
 open_clip's own; nothing is copied, and nothing in the towers learns.
 """
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -657,11 +658,25 @@ def _buckets(
 
 
 def _run(recompute: bool, function, *args):
-    return (
-        checkpoint(function, *args, use_reentrant=False)
-        if recompute
-        else function(*args)
-    )
+    if not recompute:
+        return function(*args)
+
+    def part(*args):  # once forward, once more in the backward pass
+        _trim()
+        return function(*args)
+
+    return checkpoint(part, *args, use_reentrant=False)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system where the C library is glibc.
+
+    Between the small results of many large parts it would keep gigabytes of gaps.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        pass
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

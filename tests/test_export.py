@@ -112,6 +112,17 @@ def test_a_network_is_a_copy(tiny_clip, spec):
     assert_close(Deployed(method)(x), logits(method, x), rtol=0, atol=1e-5)
 
 
+def test_shared_weights_are_left_alone(tiny_clip):
+    network, before = Deployed(trained(tiny_clip, "maple")), tiny_clip.fingerprint
+    for convert in (network.half, network.double, lambda: network.to("meta")):
+        with pytest.raises(InputError, match="shares its weights with its CLIP"):
+            convert()
+    assert network.to("cpu").float() is network
+    assert tiny_clip.dtype == torch.float32 and tiny_clip.device.type == "cpu"
+    del tiny_clip.fingerprint
+    assert tiny_clip.fingerprint == before
+
+
 def test_it_compiles_whole(tiny_clip):
     method, x = trained(tiny_clip, "maple"), images(5)
     compiled = torch.compile(Deployed(method), backend="eager", fullgraph=True)
