@@ -12,7 +12,6 @@ import pytest
 
 from promptkit import workers
 from promptkit.errors import InputError
-from promptkit.runs import Run
 from promptkit.workers import (
     WorkerError,
     parallel,
@@ -303,6 +302,8 @@ def test_a_run_sweeps_its_results_and_its_cache(tmp_path, monkeypatch):
 
 
 def test_absolute_paths(tmp_path, monkeypatch):
+    from promptkit.runs import Run  # here, so that workers need not import torch
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PROMPTKIT_DATA", "real")
     (tmp_path / "photos").mkdir()
