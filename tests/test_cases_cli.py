@@ -458,6 +458,8 @@ def test_case_13_every_chapter_begins_with_texts(path, texts, tmp_path, monkeypa
             break
     rest = "\n".join(cell.source for cell in nbformat.read(path, 4).cells[4:])
     for name, found in {"seeds": ([2],), "shots": ([4], 4)}.items():
+        if "waffle" in path.stem:
+            continue  # they are arguments there
         if name in declared and re.search(rf"(?<![.\w]){name}\b(?!\s*=)", rest):
             assert space[name] in found
 
@@ -470,7 +472,7 @@ def test_case_13_papermill_itself(tmp_path):
     )
     defaults = "profile = 'mini'\ndatasets = None\nseeds = [1]\nshots = 16\noutput = ''"
     path = chapter(tmp_path, "01_x.ipynb", setting, body, parameters=defaults)
-    command = [sys.executable, "-m", "papermill", "-k", "python3"]
+    command = [sys.executable, "-m", "papermill", "-k", "python3", "-l", "python"]
     command += ["01_x.ipynb", "out.ipynb"]
     for text in ("seeds 1", "seeds [2,3]", "shots 1,4", "datasets ['pets']"):
         command += ["-p", *text.split()]
@@ -607,7 +609,7 @@ def test_case_17_a_run_that_is_killed_is_reported(world):  # noqa: F811
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'promptkit.grids' and 'pickle' in sys.orig_argv[2][:30]:\n"
         "            sys.meta_path.remove(self)\n"
-        f"            exec({code!r})\n"
+        f"            exec({code!r}, {{}})\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
     process = begin(
