@@ -6,9 +6,9 @@ Learning Transferable Visual Models From Natural Language Supervision (arXiv
 """
 
 import hashlib
+import math
 import os
 import warnings
-import zipfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +16,19 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.model import resize_pos_embed
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from promptkit.errors import InputError, unknown
 from promptkit.towers import Edit, ImageTower, Prompt, TextTower
+from promptkit.weights import clip_state, read_checkpoint, recorded
 
 __all__ = ["FrozenCLIP", "check_classnames", "load_clip", "zero_shot_features"]
 
 MINI = ("mini", "mini-teacher")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INTERPOLATIONS, RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "squash")
 _ADVICE = (
     "use a CLIP with a ViT and a causal text transformer, such as ViT-B-16 or ViT-L-14"
 )
@@ -35,7 +38,8 @@ class FrozenCLIP(nn.Module):
     """CLIP's two towers with all weights frozen, always in evaluation mode.
 
     Matrix products run in the dtype of `precision`; layer norms, the residual stream
-    and all features are float32.
+    and all features are float32. A copy is the same object, and it is not pickled: what
+    it was loaded from is in `source`.
 
     Args:
         model (open_clip.CLIP): used as it is, not copied: its parameters are frozen
@@ -48,10 +52,15 @@ class FrozenCLIP(nn.Module):
         mean (tuple[float, ...] | None): of the images' channels, for normalisation; by
             default the model's own.
         std (tuple[float, ...] | None): likewise.
+        interpolation (str | None): of resizing, "bicubic" or "bilinear"; by default the
+            model's own.
+        resize_mode (str | None): "shortest", the shorter side to the image size and a
+            centre crop, or "squash", both sides; by default the model's own.
         precision (str): "fp32", "bf16" or "fp16".
         budget (int | None): bytes of activations that either tower may keep for the
             backward pass before it recomputes in chunks; by default 2 GiB, on a GPU
             half its memory.
+        source (dict | None): the arguments of `load_clip` that load it again.
 
     Attributes:
         width (int): D, of the text tower.
@@ -72,8 +81,11 @@ class FrozenCLIP(nn.Module):
         image_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+        resize_mode: str | None = None,
         precision: str = "fp32",
         budget: int | None = None,
+        source: dict | None = None,
     ):
         super().__init__()
         if precision not in PRECISIONS:
@@ -82,6 +94,7 @@ class FrozenCLIP(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer or _bpe()
         self.name, self.pretrained, self.precision = name, pretrained, precision
+        self.source = source
         vocabulary = model.token_embedding.num_embeddings
         if self.tokenizer.eot_token_id >= vocabulary:
             raise InputError(
@@ -93,22 +106,47 @@ class FrozenCLIP(nn.Module):
         self.embed_dim = model.visual.proj.shape[1]
         self.context_length = model.positional_embedding.shape[0]
         self.image_size = image_size or model.visual.image_size[0]
-        preprocess = getattr(model.visual, "preprocess_cfg", {})
-        self.mean = tuple(
-            mean or preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN
-        )
-        self.std = tuple(std or preprocess.get("std") or open_clip.OPENAI_DATASET_STD)
+        own = getattr(model.visual, "preprocess_cfg", {})
+        self.mean = tuple(mean or own.get("mean") or open_clip.OPENAI_DATASET_MEAN)
+        self.std = tuple(std or own.get("std") or open_clip.OPENAI_DATASET_STD)
+        self.interpolation = interpolation or own.get("interpolation") or "bicubic"
+        self.resize_mode = resize_mode or own.get("resize_mode") or "shortest"
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
+        if self.resize_mode not in RESIZE_MODES:
+            raise unknown("resize mode", self.resize_mode, RESIZE_MODES)
         _cast(model, PRECISIONS[precision])
-        if budget is None:
-            cuda = self.device.type == "cuda"
-            budget = (
-                torch.cuda.get_device_properties(self.device).total_memory // 2
-                if cuda
-                else 2 << 30
-            )
+        self._budget = budget
+        budget = budget or _memory(self.device)
         # Not modules: their parameters are the model's.
         self.text_tower = TextTower(model, budget)
         self.image_tower = ImageTower(model, budget)
+
+    def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .half() come to
+        for dtype in (torch.float32, self.dtype):
+            if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+                raise InputError(
+                    "the precision of a CLIP is chosen when it is loaded, by"
+                    f" precision={', '.join(map(repr, PRECISIONS))}: leave out the"
+                    " conversion"
+                )
+        super()._apply(fn, recurse)
+        for tower in (self.text_tower, self.image_tower):
+            tower.budget = self._budget or _memory(self.device)
+        return self
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce_ex__(self, protocol):
+        again = f"load_clip(**{self.source})" if self.source else "FrozenCLIP(...)"
+        raise InputError(
+            "a FrozenCLIP is not pickled: save what was learned by Method.save() or"
+            f" its state_dict(), and load the CLIP again by {again}"
+        )
 
     def train(self, mode: bool = True):
         """A frozen CLIP stays in evaluation mode, whatever a method that holds it is
@@ -132,7 +170,7 @@ class FrozenCLIP(nn.Module):
 
     def describe(self) -> dict:
         """What loads it again, and what tells it from others."""
-        names = ("name", "pretrained", "precision", "fingerprint")
+        names = ("name", "pretrained", "precision", "fingerprint", "source")
         return {name: getattr(self, name) for name in names}
 
     @cached_property
@@ -145,9 +183,11 @@ class FrozenCLIP(nn.Module):
             self.model.visual.transformer.resblocks[0],
         )
         shape = [(type(b.mlp.gelu).__name__, b.attn.num_heads) for b in (text, image)]
-        digest = hashlib.sha256(
-            repr((shape, self.image_size, self.mean, self.std)).encode()
-        )
+        facts = [shape, self.image_size, self.mean, self.std]
+        resizing = (self.interpolation, self.resize_mode)
+        if resizing != ("bicubic", "shortest"):
+            facts.append(resizing)
+        digest = hashlib.sha256(repr(tuple(facts)).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(
@@ -294,12 +334,11 @@ class FrozenCLIP(nn.Module):
             )
         ]
 
-    @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Features of normalised images (B, 3, H, W): (B, E), not normalised, without
         gradient, in chunks.
         """
-        return self.image(images)
+        return self.image(images.detach())
 
 
 def _families(rows: list[list[int]]) -> list[tuple[list[int], int]]:
@@ -411,37 +450,55 @@ def load_clip(
     pretrained: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     precision: str = "fp32",
+    *,
+    like: str | None = None,
+    quickgelu: bool | None = None,
 ) -> FrozenCLIP:
     """A frozen CLIP by name.
+
+    Of a tag's weights it is known which activation, mean, standard deviation and
+    resizing they want. Of a file's they are those of the tag that `like` names; else
+    the activation must be known from the model's name ("ViT-B-16-quickgelu"), from the
+    file (OpenAI's archives, a configuration in it or open_clip_config.json beside it)
+    or from `quickgelu`, and the rest is CLIP's own. No code in a file is run.
 
     Args:
         name (str): "mini" or "mini-teacher", which come with the package, or a model of
             open_clip.
         pretrained (str | None): for a model of open_clip, one of its tags or the path
-            of a checkpoint. Tags know whether their weights want QuickGELU, as OpenAI's
-            do; for a checkpoint the name must say so ("ViT-B-16-quickgelu").
+            of a file: safetensors, or a state dict or checkpoint of torch.
         device (str | torch.device | None): by default a GPU if there is one.
         precision (str): "fp32", "bf16" or "fp16", of the matrix products.
+        like (str | None): for a file, the tag whose weights it was trained from, such
+            as "openai".
+        quickgelu (bool | None): for a file, whether its weights want QuickGELU.
 
     Returns:
-        FrozenCLIP: on the device.
+        FrozenCLIP: on the device. Its `source` are the arguments that load it again.
 
     Raises:
         InputError: for an unknown model, tag or precision, a missing or damaged file,
-            weights that cannot be fetched, or an architecture that cannot serve.
+            one whose activation is not known, weights that cannot be fetched, or an
+            architecture that cannot serve.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in MINI:
-        if pretrained is not None:
-            raise InputError(
-                f"model {name!r} comes with its weights; leave out"
-                f" pretrained={str(pretrained)!r}"
-            )
+        for option, value in dict(
+            pretrained=pretrained, like=like, quickgelu=quickgelu
+        ).items():
+            if value is not None:
+                raise InputError(
+                    f"model {name!r} comes with its weights; leave out"
+                    f" {option}={value if option == 'quickgelu' else str(value)!r}"
+                )
         from promptkit.mini_clip import build
 
-        return FrozenCLIP(build(name).to(device), name=name, precision=precision)
+        source = _source(name, None, precision)
+        return FrozenCLIP(
+            build(name).to(device), name=name, precision=precision, source=source
+        )
     name = name.replace("/", "-")
     if name not in open_clip.list_models():
         raise unknown("model", name, [*MINI, *open_clip.list_models()])
@@ -452,69 +509,159 @@ def load_clip(
             f"model {name!r} needs weights: pass a checkpoint file or one of"
             f" {', '.join(tags) or 'no tags'}"
         )
-    model = _create(name, os.fspath(pretrained), tags)
-    tokenizer = open_clip.get_tokenizer(name)
+    pretrained = os.fspath(pretrained)
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if tag:
+        if like is not None or quickgelu not in (None, tag.get("quick_gelu", False)):
+            option = f"{like=}" if like is not None else f"{quickgelu=}"
+            raise InputError(
+                f"the weights {pretrained!r} of model {name!r} have an activation and"
+                f" a preprocessing of their own: leave out {option}"
+            )
+        model, preprocess = _published(name, pretrained, tag), tag
+        source = _source(name, pretrained, precision)
+    else:
+        path = _file(name, pretrained, tags)
+        model, preprocess, quickgelu = _from_file(name, path, like, quickgelu)
+        source = _source(name, str(path.resolve()), precision, like, quickgelu)
+    facts = ("mean", "std", "interpolation", "resize_mode")
     return FrozenCLIP(
         model.to(device),
-        tokenizer,
+        open_clip.get_tokenizer(name),
         name=name,
-        pretrained=os.fspath(pretrained),
+        pretrained=pretrained,
         precision=precision,
+        source=source,
+        **{fact: preprocess.get(fact) for fact in facts},
     )
 
 
-def _create(name: str, pretrained: str, tags: list[str]) -> open_clip.CLIP:
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    path = Path(pretrained).expanduser()
-    if tag:
-        config = open_clip.get_model_config(name)
-        quick = tag.get("quick_gelu", False) or config.get("quick_gelu", False)
-        try:
-            return open_clip.create_model(name, pretrained, force_quick_gelu=quick)
-        except (
-            Exception
-        ) as error:  # whatever the network, the hub or the file may raise
-            raise InputError(
-                f"the weights {pretrained!r} of model {name!r} could not be loaded:"
-                f" {error}"
-            ) from error
-    looks_like_file = path.suffix or len(path.parts) > 1 or path.exists()
-    if not looks_like_file:
-        raise unknown(f"weights of model {name!r}:", pretrained, tags)
-    if not path.is_file():
-        raise InputError(f"the weights file {pretrained!r} does not exist")
+def _source(name, pretrained, precision, like=None, quickgelu=None) -> dict:
+    return dict(
+        name=name,
+        pretrained=pretrained,
+        precision=precision,
+        like=like,
+        quickgelu=quickgelu,
+    )
+
+
+def _published(name: str, pretrained: str, tag: dict) -> open_clip.CLIP:
+    quick = tag.get("quick_gelu", False)
     try:
-        if not _is_torchscript(path):
-            return open_clip.create_model(name, str(path))
-        model = open_clip.create_model(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # torch would rather not have TorchScript at all
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-        for key in ("input_resolution", "context_length", "vocab_size"):
-            state.pop(key, None)
-        model.load_state_dict(state)
-        return model
-    except Exception as error:  # each file format has errors of its own
-        reason = (
-            str(error).strip().splitlines()[0]
-            if str(error).strip()
-            else type(error).__name__
-        )
+        return open_clip.create_model(name, pretrained, force_quick_gelu=quick)
+    except Exception as error:  # whatever the network, the hub or the file may raise
         raise InputError(
-            f"the file {pretrained!r} holds no weights of model {name!r}: {reason}"
+            f"the weights {pretrained!r} of model {name!r} could not be loaded: {error}"
         ) from error
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Whether the file is an archive of code and weights, as OpenAI published its
-    models.
+def _file(name: str, pretrained: str, tags: list[str]) -> Path:
+    path = Path(pretrained).expanduser()
+    if not (path.suffix or len(path.parts) > 1 or path.exists()):
+        raise unknown(f"weights of model {name!r}:", pretrained, tags)
+    return path
+
+
+def _from_file(
+    name: str, path: Path, like: str | None, quickgelu: bool | None
+) -> tuple[open_clip.CLIP, dict, bool]:
+    """The model with a file's weights, its preprocessing, and whether it has
+    QuickGELU.
     """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in entry for entry in archive.namelist())
+    tag = {}
+    if like is not None:
+        tag = open_clip.get_pretrained_cfg(name, like)
+        if not tag:
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            raise unknown(f"tag of model {name!r} in like=", like, tags)
+    config = open_clip.get_model_config(name)
+    checkpoint = read_checkpoint(path)
+    try:
+        state = clip_state(checkpoint)
+        said, preprocess = recorded(checkpoint, path)
+        quick = _activation(path, config.get("quick_gelu"), tag, said, quickgelu)
+        model = open_clip.CLIP(**config | {"quick_gelu": quick})
+        _fill(model, state)
+    except InputError as error:
+        raise InputError(
+            f"the file {str(path)!r} cannot serve as model {name!r}: {error}"
+        ) from None
+    return model, tag or preprocess, quick
+
+
+def _activation(path, named, tag: dict, said, asked) -> bool:
+    """Whether a file's weights want QuickGELU, by all that is known of it."""
+    if asked is not None:
+        if named and not asked:
+            raise InputError(
+                "its name says QuickGELU and quickgelu=False denies it: take one back"
+            )
+        return asked
+    known = {"the model's name": named or None, "the file": said}
+    if tag:
+        known["the tag in like="] = tag.get("quick_gelu", False)
+    known = {who: bool(quick) for who, quick in known.items() if quick is not None}
+    if not known:
+        raise InputError(
+            "nothing says whether its weights want QuickGELU or plain GELU, and the"
+            " wrong one costs accuracy; pass like='openai' (--like openai) for weights"
+            " trained from OpenAI's, or another tag, or else quickgelu=True or False"
+            " (--quickgelu, --no-quickgelu)"
+        )
+    if len(set(known.values())) > 1:
+        each = ", ".join(
+            f"{who} {'QuickGELU' if quick else 'plain GELU'}"
+            for who, quick in known.items()
+        )
+        raise InputError(
+            f"what is said of its activation differs ({each}): pass quickgelu=True or"
+            " False (--quickgelu, --no-quickgelu)"
+        )
+    return next(iter(known.values()))
+
+
+def _fill(model: open_clip.CLIP, state: dict[str, Tensor]) -> None:
+    """Load a state dict into a model of its architecture, whatever its dtype."""
+    ours = model.state_dict()
+    state = dict(state)
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(ours["logit_scale"].shape)
+    positions = "visual.positional_embedding"
+    theirs, here = state.get(positions, ours[positions]), ours[positions]
+    before, after = theirs.numel() // here.shape[1] - 1, len(here) - 1
+    square = before > 0 and before == math.isqrt(before) ** 2
+    if before != after and square and theirs.shape == (before + 1, here.shape[1]):
+        resize_pos_embed(state, model)
+        warnings.warn(
+            f"the weights are of a model that reads {before} patches an image, and this"
+            f" one reads {after}: their positions were interpolated",
+            stacklevel=4,
+        )
+    strange = {
+        "of other shapes": [
+            f"{key} is {tuple(state[key].shape)} and not {tuple(value.shape)}"
+            for key, value in ours.items()
+            if key in state and state[key].shape != value.shape
+        ],
+        "missing": [key for key in ours if key not in state],
+        "unknown": [key for key in state if key not in ours],
+        "not finite": [
+            key for key, value in state.items() if not value.isfinite().all()
+        ],
+    }
+    for what, keys in strange.items():
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise InputError(f"its weights are {what}: {keys[0]}{more}")
+    model.load_state_dict(state)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a tower may keep: 2 GiB, or half of a GPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    return 2 << 30
 
 
 def _check_config(name: str) -> None:

@@ -1,20 +1,45 @@
-"""Where files are kept, and how they are written: whole or not at all."""
+"""Where files are kept, and how they are written: whole or not at all, one process at
+a time.
+"""
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
+
+from promptkit.errors import InputError
+
 
 def cache_folder(name: str = "") -> Path:
-    """$PROMPTKIT_CACHE, or promptkit in the user's cache folder; made if missing."""
+    """$PROMPTKIT_CACHE, or promptkit in the user's cache folder; made if missing.
+
+    Raises:
+        InputError: it cannot be made.
+    """
     base = (
         os.environ.get("PROMPTKIT_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         / "promptkit"
     )
     folder = Path(base) / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the cache folder {folder} cannot be made ({error.strerror}): set"
+            " $PROMPTKIT_CACHE to one that can"
+        ) from None
     return folder
+
+
+def lock(path) -> FileLock:
+    """A lock, held by one process at a time, on what is made at a path: `with
+    lock(path): ...`. It ends with the process that holds it, however that ends.
+    """
+    name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:24]
+    return FileLock(cache_folder("locks") / f"{name}.lock")
 
 
 def write_atomically(path, write) -> Path:
@@ -29,9 +54,8 @@ def write_atomically(path, write) -> Path:
             write(file)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(
-            temporary, 0o666 & ~mask
-        )  # a temporary file is private, a result is not
+        # a temporary file is private, a result is not
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

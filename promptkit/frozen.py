@@ -1,13 +1,11 @@
 """Arithmetic with frozen weights: the gradient goes to the input alone, and little is
 kept for it.
 
-Autograd's own formulas would give the same numbers. These keep 9 floats a channel and
-token in a block instead of 19, need a fifth of the operations, and on x86 processors
-multiply float32 matrices with oneDNN, which on AMD is twice as fast as the library
-behind `F.linear`.
+Autograd's own formulas would give the same numbers; these keep 9 floats a channel and
+token in a block instead of 19, and need a fifth of the operations. Where nothing needs
+a gradient, only plain operations run, which can be traced, exported and compiled.
 """
 
-import platform
 from functools import cache
 
 import torch
@@ -16,52 +14,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def _onednn() -> bool:
-    if (
-        platform.machine().lower() not in ("x86_64", "amd64")
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return False
-    try:
-        x = torch.eye(2)
-        return torch.equal(
-            torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""), x
-        )
-    except (AttributeError, RuntimeError):
-        return False
-
-
-_ONEDNN = _onednn()
-
-
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, x (..., I), weight (O, I) of one dtype; weight may be a
-    transposed view.
-    """
-    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(
-            x.contiguous(), weight, bias, "none", [], ""
-        )
-    return F.linear(x, weight, bias)
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.weight = weight
-        return _matmul(x, weight, bias)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _matmul(grad, ctx.weight.t()), None, None
+        return F.linear(grad, ctx.weight.t()), None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, frozen: weight (O, I), bias (O,); x (..., I) is cast to the
     weight's dtype.
     """
-    return _Linear.apply(x.to(weight.dtype), weight, bias)
+    x = x.to(weight.dtype)
+    if _learns(x):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _activate(z: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -75,22 +51,22 @@ def _activate(z: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fc, fc_bias, proj, proj_bias, kind):
-        h, z = _activate(_matmul(x, fc, fc_bias), kind)  # (..., 4D)
+        h, z = _activate(F.linear(x, fc, fc_bias), kind)  # (..., 4D)
         ctx.save_for_backward(z)
         ctx.weights, ctx.kind = (fc, proj), kind
-        return _matmul(h, proj, proj_bias)
+        return F.linear(h, proj, proj_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
         fc, proj = ctx.weights
-        grad = _matmul(grad, proj.t())  # (..., 4D)
+        grad = F.linear(grad, proj.t())  # (..., 4D)
         if ctx.kind == "quick":  # the two factors of 1.702 cancel
             grad = torch.ops.aten.silu_backward(grad, z)
         else:
             grad = torch.ops.aten.gelu_backward(grad, z, approximate=ctx.kind)
-        return _matmul(grad, fc.t()), None, None, None, None, None
+        return F.linear(grad, fc.t()), None, None, None, None, None
 
 
 def mlp(x: Tensor, module: nn.Module, kind: str) -> Tensor:
@@ -106,9 +82,11 @@ def mlp(x: Tensor, module: nn.Module, kind: str) -> Tensor:
         Tensor: (..., D) in the weights' dtype.
     """
     fc, proj = module.c_fc, module.c_proj
-    return _MLP.apply(
-        x.to(fc.weight.dtype), fc.weight, fc.bias, proj.weight, proj.bias, kind
-    )
+    x = x.to(fc.weight.dtype)
+    if _learns(x):
+        return _MLP.apply(x, fc.weight, fc.bias, proj.weight, proj.bias, kind)
+    h, _ = _activate(F.linear(x, fc.weight, fc.bias), kind)  # (..., 4D)
+    return F.linear(h, proj.weight, proj.bias)
 
 
 def _heads(qkv: Tensor, c: int, heads: int) -> Tensor:
@@ -207,15 +185,20 @@ def _attend_backward(
     return grads, dkp, dvp
 
 
+def _prefix_attention(qkv, prefix_k, prefix_v):
+    """The heads side by side, and what the backward pass needs."""
+    G, c, T, D = qkv.shape
+    own = _heads(qkv.flatten(1, 2), c, prefix_k.shape[1])
+    out, saved = _attend(own, (prefix_k, prefix_v))
+    return _rows(out).view(G, c, T, D // 3), saved
+
+
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, prefix_k, prefix_v):
-        G, c, T, D = qkv.shape
-        out, saved = _attend(
-            _heads(qkv.flatten(1, 2), c, prefix_k.shape[1]), (prefix_k, prefix_v)
-        )
+    def forward(ctx, *args):
+        out, saved = _prefix_attention(*args)
         ctx.save_for_backward(*saved)
-        return _rows(out).view(G, c, T, D // 3)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -239,23 +222,30 @@ def prefix_attention(qkv: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     Returns:
         Tensor: (G, c, T, D), heads side by side, before the output projection.
     """
-    return _PrefixAttention.apply(qkv, prefix_k, prefix_v)
+    args = qkv, prefix_k, prefix_v
+    return (
+        _PrefixAttention.apply(*args) if _learns(*args) else _prefix_attention(*args)[0]
+    )
+
+
+def _packed_attention(qkv, heads, P, c, pad, keep):
+    """The heads side by side, and what the backward pass needs."""
+    prefix = _heads(qkv[:, :P], 1, heads)
+    own = _heads(qkv[:, P:] if pad is None else qkv.index_select(1, pad), c, heads)
+    out_p, saved_p = _attend(prefix, None)
+    out_c, saved_c = _attend(own, (prefix[1, :, :, 0], prefix[2, :, :, 0]))
+    out_c = _rows(out_c)
+    out_c = out_c if keep is None else out_c.index_select(1, keep)
+    return torch.cat([_rows(out_p), out_c], dim=1), (*saved_p, *saved_c)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, heads, P, c, pad, keep):
-        prefix = _heads(qkv[:, :P], 1, heads)
-        own = _heads(qkv[:, P:] if pad is None else qkv.index_select(1, pad), c, heads)
-        out_p, saved_p = _attend(prefix, None)
-        out_c, saved_c = _attend(own, (prefix[1, :, :, 0], prefix[2, :, :, 0]))
-        ctx.save_for_backward(*saved_p, *saved_c)
-        ctx.pad, ctx.keep = pad, keep
-        out_c = _rows(out_c)
-        return torch.cat(
-            [_rows(out_p), out_c if keep is None else out_c.index_select(1, keep)],
-            dim=1,
-        )
+        out, saved = _packed_attention(qkv, heads, P, c, pad, keep)
+        ctx.save_for_backward(*saved)
+        ctx.keep = keep
+        return out
 
     @staticmethod
     @once_differentiable
@@ -307,4 +297,7 @@ def packed_attention(
     Returns:
         Tensor: (G, P + R, D), heads side by side, before the output projection.
     """
-    return _PackedAttention.apply(qkv, heads, prefix, classes, pad, keep)
+    args = qkv, heads, prefix, classes, pad, keep
+    return (
+        _PackedAttention.apply(*args) if _learns(qkv) else _packed_attention(*args)[0]
+    )

@@ -1,12 +1,14 @@
 """Grids of runs: planned, spread over processes, and those that are stored only read."""
 
 import itertools
+import os
 from collections.abc import Iterable
 
 import pandas as pd
 from tqdm import tqdm
 
 from promptkit import data
+from promptkit.data import own
 from promptkit.errors import InputError, unknown
 from promptkit.method import register
 from promptkit.protocols import request
@@ -63,10 +65,15 @@ def grid(
     options = dict(options)
     common, clip = options.pop("overrides", {}), options.pop("clip", "mini")
     methods = [(m, {}) if isinstance(m, str) else m for m in _list(methods)]
+    datasets = [_located(dataset) for dataset in _list(datasets)]
+    options["targets"] = tuple(map(_located, options.get("targets", ())))
+    tested = [*datasets, *options["targets"]]
+    paths = [d for d in tested if isinstance(d, str) and os.path.isabs(d)]
+    options["labels"] = dict(zip(paths, own.names_of(paths), strict=True))
     plans = {}
-    cells = itertools.product(_list(datasets), _list(shots), methods, _list(seeds))
-    for dataset, n, (method, own), seed in cells:
-        more = options | {"overrides": common | own}
+    cells = itertools.product(datasets, _list(shots), methods, _list(seeds))
+    for dataset, n, (method, theirs), seed in cells:
+        more = options | {"overrides": common | theirs}
         planned = plan(request(protocol, method, dataset, n, seed, clip, more))
         plans.setdefault(config_hash(planned.config), planned)
     return list(plans.values())
@@ -193,6 +200,14 @@ def _attempt(item, results, force, progress, classes=()):
     except Exception as error:
         known = isinstance(error, InputError | WorkerError)
         return None, str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def _located(dataset):
+    """A name, a Dataset, or the absolute path of one's own data."""
+    path = isinstance(dataset, str) and dataset not in data.list_datasets()
+    if path and own.is_path(dataset):
+        return os.path.abspath(os.path.expanduser(dataset))
+    return dataset
 
 
 def _list(value):

@@ -138,6 +138,8 @@ class Method(nn.Module, metaclass=MethodType):
     year: ClassVar[int] = 0
     paper: ClassVar[str] = ""  # arXiv id, or a DOI or URL where there is none
     kind: ClassVar[str] = ""  # "prompt", "adapter", "test-time", ..., for tables
+    # The run that its paper published, by protocol, see promptkit.published.
+    published: ClassVar[dict[str, Any]] = {}
     # What it reads of a training image, of READS, joined by "+". "features": what the
     # frozen tower makes of it suffices, and may come from the cache. "images": its own
     # tower runs. "images+features": both. "tokens": local tokens beside either.
@@ -404,12 +406,17 @@ class Method(nn.Module, metaclass=MethodType):
         """
         raise InputError(f"{self.spec} reads views and does not say how to make them")
 
-    def criterion(self, batch: Batch, image: Tensor, text) -> Tensor:
+    def criterion(
+        self, batch: Batch, image: Tensor, text, score: Callable | None = None
+    ) -> Tensor:
         """The main term of the loss, (): the cross-entropy of the scores by default
-        (PromptKD's divergence, LoGoPrompt's selection). Arguments as in
-        :meth:`regularizer`.
+        (PromptKD's divergence, LoGoPrompt's selection).
+
+        Args:
+            batch, image, text: as in :meth:`regularizer`.
+            score: of the outermost plug-in around this method; None: its own.
         """
-        return F.cross_entropy(self.score(image, text), batch.labels)
+        return F.cross_entropy((score or self.score)(image, text), batch.labels)
 
     def regularizer(self, batch: Batch, image: Tensor, text) -> Tensor | float:
         """What the loss adds to the criterion, (); nothing by default (KgCoOp).
@@ -437,9 +444,15 @@ class Method(nn.Module, metaclass=MethodType):
         loss.backward()
         return loss.detach()
 
-    def end_epoch(self, epoch: int, recipe: Recipe) -> None:
+    def end_epoch(
+        self, epoch: int, recipe: Recipe, outer: "Method | None" = None
+    ) -> None:
         """Called after each whole epoch (0-based) of a stage. What a method accumulates
-        here belongs in ``training_state``.
+        here belongs in ``training_state`` (PromptSRC's average).
+
+        Args:
+            outer: the outermost plug-in around this method, whose parameters are
+                trained together with its own.
         """
 
     def finish(self, dataset, recipe: Recipe, generator: torch.Generator) -> None:

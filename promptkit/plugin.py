@@ -97,10 +97,8 @@ class Plugin(Method):
     def score(self, image, text):
         return self.host.score(image, text)
 
-    def criterion(self, batch, image, text):
-        if _owner(self.host, "criterion"):
-            return self.host.criterion(batch, image, text)
-        return super().criterion(batch, image, text)
+    def criterion(self, batch, image, text, score=None):
+        return self.host.criterion(batch, image, text, score or self.score)
 
     def regularizer(self, batch, image, text):
         return self.host.regularizer(batch, image, text)
@@ -122,8 +120,8 @@ class Plugin(Method):
     def backward(self, batch, outer=None):
         return self.host.backward(batch, outer or self)
 
-    def end_epoch(self, epoch, recipe):
-        self.host.end_epoch(epoch, recipe)
+    def end_epoch(self, epoch, recipe, outer=None):
+        self.host.end_epoch(epoch, recipe, outer or self)
 
     def finish(self, dataset, recipe, generator):
         self.host.finish(dataset, recipe, generator)

@@ -15,7 +15,7 @@ from promptkit.clip import FrozenCLIP, check_classnames
 from promptkit.errors import InputError, unknown
 from promptkit.towers import Prompt
 
-__all__ = ["Context", "Template", "assemble"]
+__all__ = ["Context", "Template", "assemble", "deep_prompts", "overwriting_context"]
 
 POSITIONS = ("end", "middle", "front")
 
@@ -31,17 +31,30 @@ class Template:
         clip (FrozenCLIP): whose tokens and embeddings these are.
         classnames (Sequence[str]): C names; underscores are read as spaces.
         pattern (Sequence): the segments, in order. An int n: n learned tokens, given at
-            the call. A str:
-            words; "{}" in it stands for the class name and is tokenised jointly with
-            what surrounds it, as in "{}.".
-            A list of C strings: a text for each class. A 1-D long Tensor: token ids.
+            the call. A str: words; "{}" in it stands for the class name and is
+            tokenised jointly with what surrounds it, as in "{}.". A list of C items: a
+            text, or token ids, for each class. A 1-D long Tensor: token ids.
+        truncate (bool): cut a prompt that is too long behind its last learned tokens,
+            EOT staying its last token, in place of refusing it.
+
+    Attributes:
+        slots (list[int]): the lengths of the learned segments.
+        starts (list[int | None]): where each learned segment begins in the full
+            sequence, SOS being 0; None where that differs by class.
+        lengths (list[int]): tokens of each class's prompt, SOS and EOT included.
 
     Raises:
         InputError: for unusable names or segments, or a class whose prompt exceeds the
             context length.
     """
 
-    def __init__(self, clip: FrozenCLIP, classnames: Sequence[str], pattern: Sequence):
+    def __init__(
+        self,
+        clip: FrozenCLIP,
+        classnames: Sequence[str],
+        pattern: Sequence,
+        truncate: bool = False,
+    ):
         self.clip = clip
         self.classnames = check_classnames(classnames, allow_duplicates=True)
         C = len(self.classnames)
@@ -75,16 +88,27 @@ class Template:
                     raise InputError(
                         f"a segment has {len(segment)} texts for {C} classes"
                     )
-                items.append([clip.encode(text) for text in segment])
+                items.append(
+                    [
+                        clip.encode(text) if isinstance(text, str) else list(text)
+                        for text in segment
+                    ]
+                )
+        if truncate:
+            items = _truncated(items, C, clip.context_length - 2)  # SOS and EOT
         items.append([[clip.tokenizer.eot_token_id]] * C)
         self._items = items
-        self.slots = [
-            item for item in items if isinstance(item, int)
-        ]  # lengths of the learned segments
-        self.lengths = [
-            1 + sum(item if isinstance(item, int) else len(item[c]) for item in items)
-            for c in range(C)
-        ]  # tokens of each class's prompt, SOS and EOT included
+        self.slots = [item for item in items if isinstance(item, int)]
+        self.starts: list[int | None] = []
+        ends = [1] * C  # behind SOS
+        for item in items:
+            if isinstance(item, int):
+                self.starts.append(ends[0] if len(set(ends)) == 1 else None)
+            ends = [
+                end + (item if isinstance(item, int) else len(item[c]))
+                for c, end in enumerate(ends)
+            ]
+        self.lengths = ends
         longest = max(range(C), key=self.lengths.__getitem__)
         if self.lengths[longest] > clip.context_length:
             raise InputError(
@@ -163,9 +187,7 @@ class _Layout:
             default=-1,
         )
         stop = next((i for i in range(cut, len(items)) if ragged[i]), len(items))
-        if (
-            last_slot < stop
-        ):  # no slot follows a ragged text, so all that follows the last slot is one constant
+        if last_slot < stop:  # no slot follows a ragged text: the rest is one constant
             stop = max(cut, last_slot + 1)
 
         sot = clip.embed([clip.tokenizer.sot_token_id])  # (1, D)
@@ -269,6 +291,21 @@ class _Layout:
         return bank.index_select(1, self.index.reshape(-1)).view(groups, C, T, -1)
 
 
+def _truncated(items: list, C: int, limit: int) -> list:
+    """The items with fixed tokens cut off each class's end, down to the last slot."""
+    last = max((i for i, item in enumerate(items) if isinstance(item, int)), default=-1)
+    items = [item if isinstance(item, int) else list(item) for item in items]
+    for c in range(C):
+        excess = -limit + sum(
+            item if isinstance(item, int) else len(item[c]) for item in items
+        )
+        for item in reversed(items[last + 1 :]):
+            if excess > 0:
+                kept = max(len(item[c]) - excess, 0)
+                excess, item[c] = excess - len(item[c]) + kept, item[c][:kept]
+    return items
+
+
 def assemble(clip: FrozenCLIP, classnames: Sequence[str], segments: Sequence) -> Prompt:
     """A prompt from its segments, once. A training loop keeps a `Template` instead.
 
@@ -303,6 +340,11 @@ class Context(nn.Module):
             "[CLS]" stands in the words
         front:  SOS | name | v_1 .. v_M | . EOT
 
+    The name is tokenised with what follows it, and the published code, followed here,
+    takes as many of these tokens for the name as the name alone has: of "St." the full
+    stop that ends the sentence is one token with the name's own, and stands with it.
+    Where the words have more tokens than vectors, the tokens left over count too.
+
     Args:
         clip (FrozenCLIP): the model; not part of this module.
         classnames (Sequence[str]): C names.
@@ -316,14 +358,21 @@ class Context(nn.Module):
         std (float): of the random initialisation, normal with mean 0.
         generator (torch.Generator | None): where the random initialisation comes from,
             on the CPU.
+        ending (str): the text that holds the class name, such as "{}, a type of pet.".
 
     Attributes:
         vectors (Parameter): (M, D), or (C, M, D) when class-specific.
+        template (Template): of the classes it is aimed at. A subclass that puts other
+            tokens around the context overrides :meth:`pattern`, and `slot` says which
+            of the learned segments there is the first of the context's own.
 
     Raises:
-        InputError: for an unknown position, a length below 1, unusable names, or a
-            prompt that is too long.
+        InputError: for an unknown position, a length below 1, unusable names, an
+            `ending` without "{}", a class-specific context with words, or a prompt that
+            is too long.
     """
+
+    slot = 0
 
     def __init__(
         self,
@@ -335,28 +384,40 @@ class Context(nn.Module):
         class_specific: bool = False,
         std: float = 0.02,
         generator: torch.Generator | None = None,
+        ending: str = "{}.",
     ):
         super().__init__()
         if position not in POSITIONS:
             raise unknown("position", position, POSITIONS)
+        if "{}" not in ending:
+            raise InputError(
+                f"ending must hold {{}} for the class name, got {ending!r}"
+            )
         self.__dict__["clip"] = clip
         self._extra: list[int] = []
-        self.start = 1
         if length is not None and length < 1:
             raise InputError(f"a context needs at least one token, not length={length}")
         words = (words or "").replace("_", " ").split()
-        marked = (
-            words.index("[CLS]") if "[CLS]" in words else None
-        )  # the place of the class name
+        marked = words.index("[CLS]") if "[CLS]" in words else None  # the name's place
         if marked is not None:
             words.remove("[CLS]")
+            if position == "front":
+                raise InputError(
+                    "position 'front' and [CLS] in the words name two places for the"
+                    " class name: leave one of them out"
+                )
             position = "middle"
-        self.position, words = position, " ".join(words)
+        self.position, self.ending, words = position, ending, " ".join(words)
+        if words and class_specific:
+            raise InputError(
+                f"a context that starts from words ({words!r}) is shared by all"
+                " classes: leave the words out, or class_specific"
+            )
         if words:
             ids = clip.encode(words)
             known = min(len(words.split()), len(ids), length or len(ids))
             length = length or known
-            self._extra, class_specific = ids[known:], False
+            self._extra = ids[known:]
             vectors = nn.functional.pad(
                 clip.embed(ids[:known]), (0, 0, length - known, 0)
             )  # zeros come first
@@ -378,6 +439,14 @@ class Context(nn.Module):
         self.set_classes(classnames)
         self.vectors = nn.Parameter(vectors)
 
+    @property
+    def start(self) -> int | None:
+        """Position of the first learned token in the full sequence, SOS being 0; None
+        where names of different lengths stand before it.
+        """
+        first = self.position == "middle" and self._half == 0  # of two, an empty one
+        return self.template.starts[self.slot + first]
+
     def set_classes(self, classnames: Sequence[str]) -> None:
         """Aim the context at other classes; the learned tokens stay.
 
@@ -392,14 +461,23 @@ class Context(nn.Module):
                     f" for other classes ({len(names)} given); use a shared context"
                 )
             self._own = names
+        self.__dict__["template"] = Template(self.clip, names, self.pattern(names))
+
+    def pattern(self, names: list[str]) -> list:
+        """The segments of the prompt, as `Template` takes them, for C names."""
         extra = [torch.tensor(self._extra)] if self._extra else []
-        half = self._half
-        pattern = {
-            "end": [self.length, *extra, "{}."],
-            "middle": [half, "{}", self.length - half, *extra, "."],
-            "front": ["{}", self.length, *extra, "."],
-        }[self.position]
-        self.__dict__["template"] = Template(self.clip, names, pattern)
+        if self.position == "end":
+            return [self.length, *extra, self.ending]
+        tails = [
+            self._extra + self.clip.encode(self.ending.replace("{}", name))
+            for name in names
+        ]
+        sizes = [len(self.clip.encode(name)) for name in names]
+        own = [tail[:n] for tail, n in zip(tails, sizes, strict=True)]
+        rest = [tail[n:] for tail, n in zip(tails, sizes, strict=True)]
+        if self.position == "front":
+            return [own, self.length, rest]
+        return [self._half, own, self.length - self._half, rest]
 
     def prompt(self, vectors: Tensor | None = None) -> Prompt:
         """The classes' prompt.
@@ -417,6 +495,45 @@ class Context(nn.Module):
                 vectors[..., : self._half, :], vectors[..., self._half :, :]
             )
         return self.template(vectors)
+
+
+def overwriting_context(
+    clip: FrozenCLIP, classnames: Sequence[str], n_ctx: int, init: str | None
+) -> Context:
+    """Learned tokens that overwrite the first n of a written prompt, whose other words
+    stay.
+
+    Args:
+        clip (FrozenCLIP): the model.
+        classnames (Sequence[str]): C names.
+        n_ctx (int): n.
+        init (str | None): the words of the prompt, "" for none; None: "a photo of a",
+            or none with more than 4 tokens, as in MaPLe's published code.
+
+    Raises:
+        InputError: if n is below 1, the words have fewer tokens than that or mark a
+            place for the class name, or there are words and more than 4 tokens.
+    """
+    if n_ctx < 1:
+        raise InputError(f"n_ctx must be at least 1, got {n_ctx!r}")
+    if init is None:
+        init = "a photo of a" if n_ctx <= 4 else ""
+    if init and n_ctx > 4:
+        raise InputError(
+            f"n_ctx must be at most 4 where init={init!r} starts the prompt, as in the"
+            f" published code, got {n_ctx}: leave the words out"
+        )
+    if "[CLS]" in init:
+        raise InputError(
+            f"init={init!r} marks a place for the class name, which stands at the end"
+            " here: leave [CLS] out"
+        )
+    tokens = len(clip.encode(init.replace("_", " ")))
+    if init and n_ctx > tokens:
+        raise InputError(
+            f"n_ctx must be at most the {tokens} tokens of init={init!r}, got {n_ctx}"
+        )
+    return Context(clip, classnames, n_ctx, words=init or None)
 
 
 def _short(name: str) -> str:

@@ -23,6 +23,7 @@ from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
 from promptkit.method import REGISTRY, Method, digest
 from promptkit.recipe import Host, Recipe, Setting, for_profile
+from promptkit.weights import read_checkpoint, state_dict
 
 ENTRY_POINTS = "promptkit.methods"
 
@@ -211,21 +212,27 @@ def from_official(
 
 
 def load_method(
-    path, clip: FrozenCLIP | None = None, *, pretrained: str | None = None, device=None
+    path,
+    clip: FrozenCLIP | None = None,
+    *,
+    pretrained: str | None = None,
+    device=None,
+    **how,
 ) -> Method:
     """Read a method that ``Method.save`` wrote. Nothing is unpickled.
 
     Args:
         clip: the backbone that it was trained on; loaded as it was then if None,
-        pretrained, device: from these weights instead of the recorded ones, and onto
-            this device.
+        pretrained, device, how: from these weights instead of the recorded ones, onto
+            this device, and how to read them (``like``, ``quickgelu``), as
+            :func:`~promptkit.clip.load_clip` takes them.
 
     Raises:
         InputError: the file is missing or damaged, or belongs to another backbone.
     """
     about, state = _read(path)
-    if pretrained:
-        about["clip"] = about["clip"] | {"pretrained": pretrained}
+    asked = {"pretrained": pretrained, **how}
+    clip = clip or _backbone(about["clip"], device, asked)
     method = _restore(path, about, clip, device)
     for key, value in state.items():  # what is sized by training data may have any size
         module, _, leaf = key.rpartition(".")
@@ -247,7 +254,6 @@ def load_method(
 
 def _restore(path, about, clip, device):
     """A method with initial values from what ``Method.describe`` said of it."""
-    clip = clip or _backbone(about["clip"], device)
     wanted = about["clip"]["fingerprint"]
     if clip.fingerprint != wanted:
         raise InputError(
@@ -259,7 +265,7 @@ def _restore(path, about, clip, device):
     for name, thing in about.get("objects", {}).items():
         many = thing if isinstance(thing, list) else [thing]
         made = [
-            _restore(path, part, None, device)
+            _restore(path, part, _backbone(part["clip"], device), device)
             if "method" in part
             else _backbone(part, device)
             for part in many
@@ -273,13 +279,37 @@ def _restore(path, about, clip, device):
     return method
 
 
-def _backbone(about, device):
-    return load_clip(
-        about["name"],
-        about["pretrained"],
-        device,
-        about.get("precision", "fp32"),
-    )
+def _backbone(about, device, asked=None):
+    """A CLIP from what it said of itself, read as ``asked`` where that is given."""
+    names = ("name", "pretrained", "precision")
+    source = about.get("source") or {k: about[k] for k in names if k in about}
+    asked = {k: value for k, value in (asked or {}).items() if value is not None}
+    if "pretrained" in asked:  # how the old weights were read says nothing of these
+        source = {k: source[k] for k in ("name", "precision") if k in source}
+    return load_clip(**source | asked, device=device)
+
+
+def load_official(
+    path, spec: str, clip: FrozenCLIP, classnames: list[str], **hparams
+) -> Method:
+    """A method with what a checkpoint of its own repository holds; no code in the file
+    is run.
+
+    Args:
+        path: such as ``model.pth.tar-50``.
+        spec: as :func:`build` takes it, with its hyperparameters.
+        classnames: those that it was trained on.
+
+    Raises:
+        InputError: the file is missing, damaged, or of another method.
+    """
+    checkpoint = read_checkpoint(path)
+    method = build(spec, clip, classnames, **hparams)
+    try:
+        method.load_official(state_dict(checkpoint))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return method.eval()
 
 
 def _read(path) -> tuple[dict, dict[str, Tensor]]:

@@ -194,7 +194,7 @@ def run_rows(record: dict) -> pd.DataFrame:
     }
     shared |= {
         "options": options,
-        "precision": config["clip"]["precision"],
+        "precision": config.get("clip", {}).get("precision", "fp32"),
         "parameters": record.get("parameters"),
         **{key: record[key] for key in ("hash", "device", "seconds", "created")},
     }

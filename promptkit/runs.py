@@ -12,7 +12,8 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -52,6 +53,10 @@ class Run:
         shots, seed: training images a class; seed of the draw, of the initial values
             and of the training order.
         clip: name of a model for :func:`promptkit.clip.load_clip`, or a FrozenCLIP.
+        pretrained, like, quickgelu, device, precision: as ``load_clip`` takes them.
+        classnames, descriptions: files of names for the classes of one's own data, and
+            of sentences about them, see :func:`promptkit.data.load_dataset`.
+        labels: what to call data at a path, where its own name is taken: name by path.
         profile: "smoke", "mini" or "full", see :func:`promptkit.recipe.for_profile`.
         overrides: fields of the recipe (lr, epochs, ...), hyperparameters of the method
             and its objects (``teacher="promptsrc@mini-teacher"``), by name.
@@ -67,8 +72,13 @@ class Run:
     seed: int = 1
     clip: object = "mini"
     pretrained: str | None = None
+    like: str | None = None
+    quickgelu: bool | None = None
     device: str | None = None
     precision: str = "fp32"
+    classnames: str | None = None
+    descriptions: str | None = None
+    labels: dict = field(default_factory=dict)
     profile: str = "mini"
     overrides: dict = field(default_factory=dict)
     max_steps: int | None = None
@@ -231,12 +241,14 @@ def plan(run: Run) -> Plan:
             raise InputError(
                 f"{key} must be a whole number from {least}, got {value!r}"
             )
-    source = _dataset(run.dataset, run.root)
+    source = _dataset(run.dataset, run)
     targets = _targets(run, source)
     run, recipe = _resolve(run, source)
     clip = run.clip
     if not isinstance(clip, FrozenCLIP):
-        clip = _clip(clip, run.pretrained, run.device, run.precision)
+        clip = _clip(
+            clip, run.pretrained, run.device, run.precision, run.like, run.quickgelu
+        )
     is_probe = run.method == PROBE
     parts = [] if is_probe else nesting(run.method)
     kinds = {"shots"} if is_probe else supervision(run.method)
@@ -276,6 +288,8 @@ def plan(run: Run) -> Plan:
         }
     if run.max_steps is not None:
         config["overrides"] = run.overrides | {"max_steps": run.max_steps}
+    if run.profile == "full":
+        _say_what_was_published(run, parts, clip)
     config = json.loads(json.dumps(config, default=str))
     return Plan(run, clip, source, targets, recipe, objects, config)
 
@@ -283,7 +297,7 @@ def plan(run: Run) -> Plan:
 def _targets(run, source):
     """The datasets that a run is tested on beside its source."""
     if run.protocol == "domain-generalization":
-        targets = [_dataset(name, run.root) for name in source.shifts]
+        targets = _shifts(source, run)
         if not targets:
             raise InputError(
                 f"{source.name} has no shifted versions to measure"
@@ -295,7 +309,7 @@ def _targets(run, source):
             "a cross-dataset run needs targets to be tested on, and no other run takes"
             " any"
         )
-    targets = [_dataset(target, run.root) for target in run.targets]
+    targets = [_dataset(target, run) for target in run.targets]
     if source.identity in [target.identity for target in targets]:
         raise InputError(f"{source.name} is the source, so it cannot be a target too")
     return targets
@@ -397,16 +411,42 @@ def backbone(
 
 
 @lru_cache(maxsize=3)
-def _clip(name, pretrained, device, precision):
-    return load_clip(name, pretrained, device=device, precision=precision)
+def _clip(name, pretrained, device, precision, like=None, quickgelu=None):
+    more = {"like": like, "quickgelu": quickgelu}
+    more = {key: value for key, value in more.items() if value is not None}
+    return load_clip(name, pretrained, device=device, precision=precision, **more)
 
 
-def _dataset(dataset, root):
+def _dataset(dataset, run=None):
+    """A Dataset; by its name or path as a run asks for it."""
     if not isinstance(dataset, str):
         return dataset
-    if root is None:
-        return data.load_dataset(dataset)
-    return data.load_dataset(dataset, root)
+    given = {}
+    if run is not None:
+        given = {"classnames": run.classnames, "descriptions": run.descriptions}
+        given |= {"root": run.root}
+    given = {key: value for key, value in given.items() if value is not None}
+    loaded = data.load_dataset(dataset, **given)
+    label = run.labels.get(dataset) if run is not None else None
+    return loaded if label is None else replace(loaded, name=label)
+
+
+def _shifts(dataset, run):
+    """The shifted versions of a dataset."""
+    return [_dataset(name, run) for name in dataset.shifts]
+
+
+@cache
+def _warn_once(text):
+    warnings.warn(text, stacklevel=5)
+
+
+def _say_what_was_published(run, parts, clip):
+    """Where a full run is not the one that its paper ran."""
+    published = getattr(parts[0], "published", {}).get(run.protocol) if parts else None
+    beside = published.beside(clip.name, run.shots) if published else ""
+    if beside:
+        _warn_once(f"{run.method}, {run.protocol}: {beside}")
 
 
 def _merge(recipe, given):
@@ -445,6 +485,8 @@ def execute(
         return run_rows(stored)
     began = time.perf_counter()
     source = planned.source
+    if force:
+        _forget_features(planned)
     if planned.run.method == PROBE:
         if save:
             raise InputError("a linear probe cannot be saved as a method")
@@ -459,20 +501,29 @@ def execute(
             seed=planned.config["seed"], every=5 if planned.run.profile == "smoke" else 1,
         )  # fmt: skip
         learned = method.n_parameters
-    record = {
-        "config": planned.config,
-        "rows": rows,
-        "hash": config_hash(planned.config),
-        "versions": identity.versions(),
-        "device": identity.of_device(planned.clip.device),
-        "seconds": round(time.perf_counter() - began, 3),
-        "training": {"seconds": round(history.seconds, 3), "losses": history.losses},
-        "parameters": learned,
-        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-    }
+    record = _record(
+        planned.config,
+        rows,
+        planned.clip,
+        round(time.perf_counter() - began, 3),
+        learned,
+        training={"seconds": round(history.seconds, 3), "losses": history.losses},
+    )
     if results is not False:
         save_run(record, results)
     return run_rows(record)
+
+
+def _forget_features(plan):
+    """Make the image features of a run anew, those that it reads from the cache."""
+    training = plan.training_set()
+    splits = [training.train, training.val, plan.source.test]
+    splits += [target.test for target in plan.targets]
+    method = None if plan.run.method == PROBE else plan.build(training)
+    reads = "features" if method is None else f"{method.reads}+{method.reads_at_test}"
+    if "features" in reads.split("+") and not plan.recipe.augment:
+        for split in splits:
+            data.frozen_features(plan.clip, split, force=True)
 
 
 def _trained(plan, results, progress, force):
@@ -603,23 +654,58 @@ def _number(target, split, value):
 
 
 def evaluate(
-    method: Method, dataset, protocol="few-shot", label="", seed=0
-) -> pd.DataFrame:
-    """Measure a trained method, a saved or an official one, with rows like a run's.
+    checkpoint, datasets, *, protocol="few-shot", method=None, hparams=None, model=None,
+    pretrained=None, like=None, quickgelu=None, precision=None, root=None, device=None,
+    seed=0,
+) -> pd.DataFrame:  # fmt: skip
+    """Measure a trained method on datasets, re-aimed at their classes, with rows like a
+    run's; nothing is stored.
 
     Args:
-        dataset: name of a dataset, or a Dataset; the method is re-aimed at its classes.
-        protocol: "few-shot", all classes; or "base-to-new", its base and new classes.
-        label: stands in the column "options", such as the checkpoint's name.
+        checkpoint: a file that ``Method.save`` wrote, a Method, or with ``method`` a
+            checkpoint of the method's own repository, which is then taken to be trained
+            on the classes that it is measured on (in base-to-new: on the base ones).
+        datasets: names or Datasets.
+        protocol: "few-shot", all classes; or "base-to-new", base and new classes.
+        method, hparams: of an official checkpoint, as ``build`` takes them.
+        model, pretrained, like, quickgelu, precision, device: its backbone, as
+            ``load_clip`` takes them.
+        root: folder of the real datasets.
 
     Returns:
-        Tidy rows with the columns ``promptkit.results.COLUMNS``; nothing is stored.
+        Tidy rows with the columns ``promptkit.results.COLUMNS``.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or belongs to other classes.
     """
     if protocol not in ("few-shot", "base-to-new"):
         raise unknown(
             "protocol of an evaluation", protocol, ("few-shot", "base-to-new")
         )
-    dataset = _dataset(dataset, None)
+    how = {"like": like, "quickgelu": quickgelu}
+    if method is not None:
+        name, weights = backbone("mini", model, pretrained)
+        clip = _clip(name, weights, device, precision or "fp32", like, quickgelu)
+    elif not isinstance(checkpoint, Method):
+        trained = load_method(checkpoint, pretrained=pretrained, device=device, **how)
+    else:
+        trained = checkpoint
+    tables = []
+    for dataset in datasets if isinstance(datasets, list | tuple) else [datasets]:
+        if isinstance(dataset, str):
+            where = {} if root is None else {"root": root}
+            dataset = data.load_dataset(dataset, **where)
+        if method is not None:
+            first = data.base_new(dataset)[0] if protocol == "base-to-new" else dataset
+            trained = registry.load_official(
+                checkpoint, method, clip, first.classnames, **(hparams or {})
+            )
+        label = "" if isinstance(checkpoint, Method) else Path(checkpoint).name
+        tables.append(_evaluated(trained, dataset, protocol, label, seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _evaluated(method, dataset, protocol, label, seed):
     began = time.perf_counter()
     rows = measure(method, dataset, protocol=protocol, seed=seed)
     clip = method.clip
@@ -636,13 +722,20 @@ def evaluate(
         "clip": {"fingerprint": clip.fingerprint, "precision": clip.precision},
         "about": method.describe(),
     }
-    record = {
+    seconds = round(time.perf_counter() - began, 3)
+    return run_rows(_record(config, rows, clip, seconds, method.n_parameters))
+
+
+def _record(config, rows, clip, seconds, parameters, **more):
+    """A run as it is stored, see :func:`promptkit.results.save_run`."""
+    return {
         "config": config,
         "rows": rows,
         "hash": config_hash(config),
         "versions": identity.versions(),
         "device": identity.of_device(clip.device),
-        "seconds": round(time.perf_counter() - began, 3),
+        "seconds": seconds,
+        "parameters": parameters,
         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        **more,
     }
-    return run_rows(record)

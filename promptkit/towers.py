@@ -110,6 +110,16 @@ class Edit:
         """
         return h
 
+    def norm(
+        self, layer: int | None, which: str, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weight and bias of a layer norm, each (D,), given the frozen ones.
+
+        `which` is "ln_1" or "ln_2" of block `layer`; where `layer` is None, "ln_pre" or
+        "ln_post" of the image tower or "ln_final" of the text tower.
+        """
+        return weight, bias
+
     def shared(self, layer: int, length: int) -> int:
         """How many of the first `length` positions are still the same for all classes
         at the input of `layer`.
@@ -153,6 +163,11 @@ class Edits(Edit):
         for edit in self.edits:
             h = edit.branch(layer, part, h, span)
         return h
+
+    def norm(self, layer, which, weight, bias):
+        for edit in self.edits:
+            weight, bias = edit.norm(layer, which, weight, bias)
+        return weight, bias
 
     def shared(self, layer, length):
         for edit in self.edits:
@@ -233,6 +248,16 @@ def plain_text(model: nn.Module, embeddings: Tensor, eot: Tensor) -> Tensor:
     return project(x) if isinstance(project, nn.Linear) else x @ project
 
 
+def _norm(
+    module: nn.Module, x: Tensor, edit: Edit, layer: int | None, which: str
+) -> Tensor:
+    """Layer norm of x (..., D) in float32, with the edit's weight and bias."""
+    if isinstance(module, nn.Identity):  # some models have no ln_pre
+        return x
+    weight, bias = edit.norm(layer, which, module.weight, module.bias)
+    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
 class _Block:
     """One residual attention block of open_clip, in pieces: x + attn(ln_1(x)), then x +
     mlp(ln_2(x)).
@@ -241,20 +266,16 @@ class _Block:
     dtype of their weights.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, layer: int, module: nn.Module):
+        self.layer, self.module = layer, module
         self.heads = module.attn.num_heads
         act = module.mlp.gelu
         self.activation = act.approximate if isinstance(act, nn.GELU) else "quick"
 
-    def norm(self, x: Tensor, which: str) -> Tensor:
-        ln = getattr(self.module, which)
-        return F.layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
-
-    def qkv(self, x: Tensor) -> Tensor:
+    def qkv(self, x: Tensor, edit: Edit) -> Tensor:
         """Queries, keys and values of x (..., D): (..., 3D)."""
-        attn = self.module.attn
-        return linear(self.norm(x, "ln_1"), attn.in_proj_weight, attn.in_proj_bias)
+        attn, x = self.module.attn, _norm(self.module.ln_1, x, edit, self.layer, "ln_1")
+        return linear(x, attn.in_proj_weight, attn.in_proj_bias)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """The parts of (B, N, kD), each (B, H, N, d)."""
@@ -266,19 +287,15 @@ class _Block:
             .unbind(0)
         )
 
-    def finish(self, x: Tensor, attended: Tensor, branch=None) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, edit: Edit, span: Span) -> Tensor:
         """The block's output, given its input x and the concatenated heads, both (...,
         D).
         """
         m = self.module
         h = m.ls_1(linear(attended, m.attn.out_proj.weight, m.attn.out_proj.bias))
-        x = x + (branch("attn", h.float()) if branch else h)
-        h = m.ls_2(mlp(self.norm(x, "ln_2"), m.mlp, self.activation))
-        return x + (branch("mlp", h.float()) if branch else h)
-
-
-def _branch(edit: Edit | None, layer: int, span: Span):
-    return edit and (lambda part, h: edit.branch(layer, part, h, span))
+        x = x + edit.branch(self.layer, "attn", h.float(), span)
+        h = mlp(_norm(m.ln_2, x, edit, self.layer, "ln_2"), m.mlp, self.activation)
+        return x + edit.branch(self.layer, "mlp", m.ls_2(h).float(), span)
 
 
 class TextTower:
@@ -293,7 +310,7 @@ class TextTower:
 
     def __init__(self, model: nn.Module, budget: int):
         self.model, self.budget = model, budget
-        self.blocks = [_Block(module) for module in model.transformer.resblocks]
+        self.blocks = [_Block(*x) for x in enumerate(model.transformer.resblocks)]
         self._plans: dict = {}
 
     def __call__(self, prompt: Prompt, edit: Edit | None = None, tokens: bool = False):
@@ -403,17 +420,19 @@ class TextTower:
         x = torch.cat(
             [prefix.float() + position[:P], own.expand(G, -1, -1)], dim=1
         )  # (G, P+R, D)
-        for layer, block in enumerate(self.blocks):
+        edit, span = Edit(), Span(0, slice(0, G), None)
+        for block in self.blocks:
+            qkv, classes = block.qkv(x, edit), suffix.shape[1]
             h = packed_attention(
-                block.qkv(x), block.heads, P, suffix.shape[1], packing.pad, packing.keep
+                qkv, block.heads, P, classes, packing.pad, packing.keep
             )
-            if layer + 1 == len(self.blocks):
+            if block is self.blocks[-1]:
                 x, h = (
                     x.index_select(1, packing.read),
                     h.index_select(1, packing.read),
                 )  # (G, C, D)
-            x = block.finish(x, h)
-        return self._project(x)
+            x = block.finish(x, h, edit, span)
+        return self._project(x, edit)
 
     def _prefix(self, x, edit, groups, tokens):
         """What the classes of each group share.
@@ -429,18 +448,13 @@ class TextTower:
             n = edit.shared(layer, x.shape[1])
             moved, x = (x[:, n:], x[:, :n]) if n < x.shape[1] else (None, x)
             x = edit.before(layer, x, span)
-            q, k, v = block.split(block.qkv(x))  # (G, H, n, d)
+            q, k, v = block.split(block.qkv(x, edit))  # (G, H, n, d)
             shared.append((k, v, moved))
             if layer + 1 < len(self.blocks) or tokens:
                 attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
                 attended = attended.transpose(1, 2).flatten(2)  # (G, n, D)
-                x = edit.after(
-                    layer,
-                    x,
-                    block.finish(x, attended, _branch(edit, layer, span)),
-                    span,
-                )
-        return shared, self._project(x) if tokens else None
+                x = edit.after(layer, x, block.finish(x, attended, edit, span), span)
+        return shared, self._project(x, edit) if tokens else None
 
     def _classes(self, x, shared, chunk, edit, span, tokens):
         """Features (G, c, E) of a chunk of classes, x (1 or G, c, T, D); of all rows
@@ -459,17 +473,15 @@ class TextTower:
                 x = torch.cat([moved[:, None].expand(-1, c, -1, -1), x], dim=2)
                 span = Span(span.start - moved.shape[1], span.groups, span.classes)
             x = edit.before(layer, x, span)
-            attended = prefix_attention(block.qkv(x), k, v)  # (G, c, T, D)
+            attended = prefix_attention(block.qkv(x, edit), k, v)  # (G, c, T, D)
             if layer + 1 == len(self.blocks) and not every:
                 x, attended = chunk.read(x), chunk.read(attended)  # (G, c, D)
-            x = edit.after(
-                layer, x, block.finish(x, attended, _branch(edit, layer, span)), span
-            )
+            x = edit.after(layer, x, block.finish(x, attended, edit, span), span)
         if not every:
-            return self._project(x), None
+            return self._project(x, edit), None
         if not tokens:
-            return self._project(chunk.read(x)), None
-        own = self._project(x)  # (G, c, T, E)
+            return self._project(chunk.read(x), edit), None
+        own = self._project(x, edit)  # (G, c, T, E)
         within = (
             torch.arange(x.shape[2], device=x.device)
             < chunk.eot[:, None] + 1 + x.shape[2] - T
@@ -480,15 +492,9 @@ class TextTower:
         )
         return chunk.read(own), local
 
-    def _project(self, x):
+    def _project(self, x, edit):
         m = self.model
-        x = F.layer_norm(
-            x,
-            m.ln_final.normalized_shape,
-            m.ln_final.weight,
-            m.ln_final.bias,
-            m.ln_final.eps,
-        )
+        x = _norm(m.ln_final, x, edit, None, "ln_final")
         if isinstance(m.text_projection, nn.Linear):
             return linear(x, m.text_projection.weight, m.text_projection.bias).float()
         return linear(x, m.text_projection.t()).float()
@@ -497,13 +503,16 @@ class TextTower:
         """Which groups and classes run together: by length, so that little is padded,
         within the budget.
         """
-        key = (id(eot), eot._version, G, P, moved, learns, packable, self.budget)
-        if key not in self._plans:
+        version = 0 if eot.is_inference() else eot._version
+        key = (id(eot), version, G, P, moved, learns, packable, self.budget)
+        of, plan = self._plans.get(key, (None, None))
+        if of is not eot:  # in a copy of the tower an id may be another tensor's
             if len(self._plans) >= 64:
                 self._plans.clear()
+            plan = self._make_plan(eot, G, P, moved, learns, packable)
             # Holding eot keeps its id from being taken by another tensor.
-            self._plans[key] = eot, self._make_plan(eot, G, P, moved, learns, packable)
-        return self._plans[key][1]
+            self._plans[key] = eot, plan
+        return plan
 
     def _make_plan(self, eot, G, P, moved, learns, packable):
         D, cpu = self.model.ln_final.normalized_shape[0], eot.device.type == "cpu"
@@ -667,6 +676,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def _traced() -> bool:
+    """Whether torch records a graph: torch.export, torch.compile, torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class ImageTower:
     """The vision transformer of a frozen open_clip model.
 
@@ -677,7 +691,9 @@ class ImageTower:
 
     def __init__(self, model: nn.Module, budget: int):
         self.visual, self.budget = model.visual, budget
-        self.blocks = [_Block(module) for module in model.visual.transformer.resblocks]
+        self.blocks = [
+            _Block(*x) for x in enumerate(model.visual.transformer.resblocks)
+        ]
         self.length = len(
             self.visual.positional_embedding
         )  # the class token and the patches; prompts stand behind
@@ -707,7 +723,7 @@ class ImageTower:
                 then the N patch tokens through ln_post and proj (B, N, E), then the
                 attention (B, N), a softmax over all positions averaged over heads.
         """
-        B = len(images)
+        B = images.shape[0]  # len() would make a number of it where it is traced
         learns = torch.is_grad_enabled() and (
             edit is not None
             or (prompt is not None and prompt.requires_grad)
@@ -719,6 +735,10 @@ class ImageTower:
             self.visual.positional_embedding.shape[0] + extra,
         )
         per_image = length * 4 * 10 * D * (len(self.blocks) if learns else 2)
+        if _traced():  # the batch may have any size: one part
+            args = images, prompt, edit or Edit(), slice(0, B), tokens, attention
+            outs = self._images(*args)
+            return outs if len(outs) > 1 else outs[0]
         recompute = learns and B * per_image > self.budget
         room = self.budget
         if recompute:
@@ -743,7 +763,7 @@ class ImageTower:
         return outs if len(outs) > 1 else outs[0]
 
     def _images(self, images, prompt, edit, groups, tokens, attention):
-        v, B = self.visual, len(images)
+        v, B = self.visual, images.shape[0]
         x = (
             v.conv1(images.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2).float()
         )  # (B, N, D)
@@ -754,12 +774,12 @@ class ImageTower:
         )
         if prompt is not None:
             x = torch.cat([x, prompt.float().expand(B, -1, -1)], dim=1)  # (B, 1+N+n, D)
-        x = v.ln_pre(x)
+        x = _norm(v.ln_pre, x, edit, None, "ln_pre")
         span = Span(0, groups, None)
         every = tokens or edit.all_rows
         for layer, block in enumerate(self.blocks):
             x = edit.before(layer, x, span)
-            q, k, value = block.split(block.qkv(x))  # (B, H, 1+N+n, d)
+            q, k, value = block.split(block.qkv(x, edit))  # (B, H, 1+N+n, d)
             if layer + 1 == len(self.blocks):
                 if attention:
                     scores = (
@@ -773,10 +793,9 @@ class ImageTower:
                 if not every:
                     x, q = x[:, :1], q[:, :, :1]
             attended = _attention(q, k, value).transpose(1, 2).flatten(2)
-            x = edit.after(
-                layer, x, block.finish(x, attended, _branch(edit, layer, span)), span
-            )
-        x = linear(v.ln_post(x[:, : 1 + N] if tokens else x[:, :1]), v.proj.t()).float()
+            x = edit.after(layer, x, block.finish(x, attended, edit, span), span)
+        x = x[:, : 1 + N] if tokens else x[:, :1]
+        x = linear(_norm(v.ln_post, x, edit, None, "ln_post"), v.proj.t()).float()
         return (
             x[:, 0],
             *([x[:, 1:]] if tokens else []),

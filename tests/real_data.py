@@ -20,26 +20,52 @@ from promptkit.data.benchmark import TABLE, read
 NAMES = {
     "caltech101": ["Faces", "Leopards", "accordion", "airplanes"],
     "oxford_pets": ["Abyssinian", "american_bulldog", "Bengal", "boxer"],
-    "stanford_cars": ["AM General Hummer SUV 2000", "Audi TTS Coupe 2012", "Ram C/V Cargo Van 2012", "Audi R8 2012"],
-    "oxford_flowers": ["pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea"],
+    "stanford_cars": [
+        "AM General Hummer SUV 2000",
+        "Audi TTS Coupe 2012",
+        "Ram C/V Cargo Van 2012",
+        "Audi R8 2012",
+    ],
+    "oxford_flowers": [
+        "pink primrose",
+        "hard-leaved pocket orchid",
+        "canterbury bells",
+        "sweet pea",
+    ],
     "food101": ["apple_pie", "baby_back_ribs", "baklava", "waffles"],
     "fgvc_aircraft": ["707-320", "737-200", "A300B4", "Cessna 172"],
-    "sun397": ["/a/abbey", "/a/airplane_cabin", "/c/church/indoor", "/c/church/outdoor"],
+    "sun397": [
+        "/a/abbey",
+        "/a/airplane_cabin",
+        "/c/church/indoor",
+        "/c/church/outdoor",
+    ],
     "dtd": ["banded", "blotchy", "polka-dotted", "zigzagged"],
     "eurosat": ["AnnualCrop", "Forest", "Highway", "SeaLake"],
     "ucf101": ["ApplyEyeMakeup", "YoYo", "TaiChi", "Archery"],
-}  # fmt: skip
+}
 CLASSNAMES = {
     **NAMES,
     "caltech101": ["face", "leopard", "accordion", "airplane"],
     "oxford_pets": ["abyssinian", "american_bulldog", "bengal", "boxer"],
-    "stanford_cars": ["2000 AM General Hummer SUV", "2012 Audi TTS Coupe", "2012 Ram C/V Cargo Van", "2012 Audi R8"],
+    "stanford_cars": [
+        "2000 AM General Hummer SUV",
+        "2012 Audi TTS Coupe",
+        "2012 Ram C/V Cargo Van",
+        "2012 Audi R8",
+    ],
     "sun397": ["abbey", "airplane_cabin", "indoor church", "outdoor church"],
     "eurosat": ["Annual Crop Land", "Forest", "Highway or Road", "Sea or Lake"],
     "ucf101": ["Apply_Eye_Makeup", "Yo_Yo", "Tai_Chi", "Archery"],
-}  # fmt: skip
-WNIDS = {"n01440764": "tench", "n01443537": "goldfish", "n03773504": "missile", "n04008634": "missile",
-         "n04285008": "sports car", "n04509417": "unicycle"}  # fmt: skip
+}
+WNIDS = {
+    "n01440764": "tench",
+    "n01443537": "goldfish",
+    "n03773504": "missile",
+    "n04008634": "missile",
+    "n04285008": "sports car",
+    "n04509417": "unicycle",
+}
 CLASSNAMES["imagenet"] = CLASSNAMES["imagenetv2"] = CLASSNAMES["imagenet_sketch"] = (
     list(WNIDS.values())
 )

@@ -122,7 +122,8 @@ def test_list():
         for row in rows
     )
     assert (
-        next(row for row in rows if row["name"] == "coop")["parameters"]["n_ctx"] == 16
+        next(row for row in rows if row["name"] == "coop")["parameters"]["n_ctx"]
+        is None
     )
 
 

@@ -1,5 +1,10 @@
 """Loading, refusing, tokenising and encoding."""
 
+import copy
+import json
+import os
+import pickle
+
 import open_clip
 import pytest
 import torch
@@ -154,6 +159,50 @@ def test_fingerprint(tiny_clip, make_clip):
     assert len({clip.fingerprint for clip in [tiny_clip, *others]}) == 5
 
 
+def test_fingerprint_of_other_resizing(tiny_clip, make_clip):
+    """It belongs to the features, and CLIP's own leaves the fingerprint as it was."""
+    plain = make_clip(interpolation="bicubic", resize_mode="shortest")
+    squash = make_clip(resize_mode="squash")
+    bilinear = make_clip(interpolation="bilinear")
+    assert plain.fingerprint == tiny_clip.fingerprint
+    assert len({c.fingerprint for c in (plain, squash, bilinear)}) == 3
+    with pytest.raises(InputError, match="unknown resize mode 'longest'; .*squash"):
+        make_clip(resize_mode="longest")
+    with pytest.raises(InputError, match="unknown interpolation 'nearest'"):
+        make_clip(interpolation="nearest")
+
+
+def test_copies_are_the_same_clip(tiny_clip):
+    assert copy.deepcopy(tiny_clip) is copy.copy(tiny_clip) is tiny_clip
+    held = copy.deepcopy({"clip": tiny_clip, "other": [1]})
+    assert held["clip"] is tiny_clip
+    with pytest.raises(InputError, match="not pickled: .*Method.save.*FrozenCLIP"):
+        pickle.dumps(tiny_clip)
+    mini = load_clip("mini", device="cpu")
+    with pytest.raises(InputError, match=r"load_clip\(\*\*\{'name': 'mini'"):
+        torch.save([mini], os.devnull)
+    again = load_clip(**mini.source, device="cpu")
+    assert again.fingerprint == mini.fingerprint
+    assert json.loads(json.dumps(mini.source)) == mini.source
+
+
+def test_moving_and_converting(make_clip, monkeypatch):
+    """A device changes the default budget; a conversion of the dtype is refused."""
+    clip, own = make_clip(), make_clip(budget=123456)
+    before = clip.encode_text(TEXTS)
+    monkeypatch.setattr("promptkit.clip._memory", lambda device: 7 << 20)
+    for each, budget in ((clip, 7 << 20), (own, 123456)):
+        assert each.to("cpu") is each
+        assert each.text_tower.budget == each.image_tower.budget == budget
+    assert torch.equal(clip.encode_text(TEXTS), before)
+    assert clip.float() is clip and clip.fingerprint == make_clip().fingerprint
+    half = make_clip(precision="fp16")
+    for convert in (clip.half, clip.double, half.float, clip.bfloat16, half.half):
+        with pytest.raises(InputError, match="precision of a CLIP is chosen when it"):
+            convert()
+    assert clip.dtype == torch.float32 and half.dtype == torch.float16
+
+
 def test_bad_images(tiny_clip):
     for images in (
         torch.zeros(2, 3, 16, 16),
@@ -238,79 +287,19 @@ def test_bad_names(arguments, message):
         load_clip("ViT-B-16", "openai", precision="fp8")
 
 
-@pytest.fixture(scope="module")
-def small_model():
-    """A configuration of open_clip, small enough to write to disk."""
-    config = dict(embed_dim=24, vision_cfg=VISION, text_cfg=TEXT, quick_gelu=True)
-    open_clip.factory._MODEL_CONFIGS["ViT-tiny-test-quickgelu"] = config
-    yield "ViT-tiny-test-quickgelu", open_clip.CLIP(**config)
-    del open_clip.factory._MODEL_CONFIGS["ViT-tiny-test-quickgelu"]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-def test_checkpoint_files(small_model, tmp_path):
-    """A state dict as saved by torch or safetensors, and an archive of TorchScript as
-    published by OpenAI.
-    """
-    from safetensors.torch import save_file
-
-    name, model = small_model
-    state = model.state_dict()
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in state.items()}},
-        tmp_path / "trained.pt",
-    )
-    save_file(state, tmp_path / "model.safetensors")
-
-    class Published(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("input_resolution", torch.tensor(32))
-            self.register_buffer("context_length", torch.tensor(77))
-            self.register_buffer("vocab_size", torch.tensor(49408))
-
-        def forward(self, x):
-            return x
-
-    published = Published()
-    for key, value in state.items():
-        parent = published
-        *parents, leaf = key.split(".")
-        for part in parents:
-            if not hasattr(parent, part):
-                parent.add_module(part, torch.nn.Module())
-            parent = getattr(parent, part)
-        parent.register_buffer(leaf, value)
-    torch.jit.trace(published, torch.zeros(1)).save(tmp_path / "published.pt")
-    images = torch.randn(2, 3, 32, 32)
-    for file in ("trained.pt", "model.safetensors", "published.pt"):
-        clip = load_clip(name, tmp_path / file, device="cpu")
-        assert clip.pretrained == str(tmp_path / file) and clip.name == name
-        assert_close(
-            clip.encode_text(TEXTS),
-            model.encode_text(open_clip.tokenize(TEXTS)),
-            rtol=1e-5,
-            atol=1e-5,
-        )
-        assert_close(
-            clip.encode_image(images), model.encode_image(images), rtol=1e-5, atol=1e-5
-        )
-
-
-def test_damaged_files(small_model, tmp_path):
-    name, model = small_model
-    whole = tmp_path / "whole.pt"
-    torch.save(model.state_dict(), whole)
-    (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:5000])
-    (tmp_path / "text.safetensors").write_text("not weights")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    for file in ("cut.pt", "text.safetensors", "empty.pt", "other.pt", "list.pt"):
-        with pytest.raises(
-            InputError, match=f"{file}' holds no weights of model '{name}'"
-        ):
-            load_clip(name, tmp_path / file)
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (("ViT-B-16", "openai"), {"like": "laion400m_e32"}, "leave out like="),
+        (("ViT-B-16", "openai"), {"quickgelu": False}, "leave out quickgelu=False"),
+        (("ViT-B-16", "w.pt"), {"like": "opnai"}, "did you mean 'openai'"),
+        (("mini",), {"like": "openai"}, "leave out like='openai'"),
+        (("mini",), {"quickgelu": True}, "leave out quickgelu=True"),
+    ],
+)
+def test_options_of_files_are_for_files(arguments, options, message):
+    with pytest.raises(InputError, match=message):
+        load_clip(*arguments, **options)
 
 
 def test_openai_weights_want_quick_gelu(monkeypatch, make_clip):
@@ -322,10 +311,21 @@ def test_openai_weights_want_quick_gelu(monkeypatch, make_clip):
         return make_clip().model
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
-    load_clip("ViT-B-16", "openai", device="cpu")
+    clip = load_clip("ViT-B-16", "openai", device="cpu")
     assert asked["force_quick_gelu"]
+    assert clip.source == {
+        "name": "ViT-B-16",
+        "pretrained": "openai",
+        "precision": "fp32",
+        "like": None,
+        "quickgelu": None,
+    }
     load_clip("ViT-B/16", "laion2b_s34b_b88k", device="cpu")
     assert not asked["force_quick_gelu"]
+    other = load_clip("ViT-L-14", "laion2b_s32b_b82k", device="cpu")
+    assert other.mean == other.std == (0.5, 0.5, 0.5)
+    assert (other.interpolation, other.resize_mode) == ("bicubic", "shortest")
+    assert load_clip("ViT-H-14", "dfn5b", device="cpu").resize_mode == "squash"
 
     def fail(*args, **kwargs):
         raise OSError("no network")

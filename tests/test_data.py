@@ -108,14 +108,26 @@ def test_patterns_use_both_colours(pattern):
 
 def test_the_eleven_tasks():
     assert list(data.MINI_TASKS) == [
-        "mini", "objects", "pets", "cars", "flowers", "food", "planes", "scenes", "textures", "sat", "actions",
-    ]  # fmt: skip
+        "mini",
+        "objects",
+        "pets",
+        "cars",
+        "flowers",
+        "food",
+        "planes",
+        "scenes",
+        "textures",
+        "sat",
+        "actions",
+    ]
     for name in data.MINI_TASKS:
         task = data.load_dataset(name)
         assert (
             len(set(task.classnames)) == len(task.classnames) and "{}" in task.template
         )
-        assert set(task.facts) == set(task.classnames) and all(task.facts.values())
+        assert set(task.descriptions) == set(task.classnames) and all(
+            task.descriptions.values()
+        )
         assert len(task.train) == 32 * len(task.classnames) and len(
             task.test
         ) == 25 * len(task.classnames)
@@ -142,6 +154,7 @@ def test_both_halves_of_the_main_set_hold_every_family():
 
 
 def test_images_come_from_the_cache_the_second_time(monkeypatch):
+    datasets._mini.cache_clear()  # another test may have had them, of another folder
     split = data.load_dataset("sat").val
     first = split.images()
     assert first.shape == (80, 3, SIZE, SIZE) and first.dtype == torch.uint8

@@ -10,8 +10,9 @@ from rich.console import Console
 from test_cli import promptkit
 from test_protocols import tiny
 
-from promptkit import data, protocols
+from promptkit import data, runs
 from promptkit.data.benchmark import TABLE
+from promptkit.recipe import PROTOCOLS
 from promptkit.registry import specs
 from promptkit.results import load_results
 
@@ -21,8 +22,8 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     tiny CLIP.
     """
     clip = tiny(layers=3)  # as deep as the transfer recipes put prompts
-    monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: clip)
-    protocols._clip.cache_clear()
+    monkeypatch.setattr(runs, "load_clip", lambda *args, **kwargs: clip)
+    runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr("promptkit.cli.console.out", Console(width=200))
@@ -49,7 +50,7 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
         cells = part.groupby(["dataset", "target", "split"])["method"].agg(set)
         assert (cells == set(specs())).all(), protocol
         assert all(name in text for name in specs())
-    assert set(rows["protocol"]) == set(protocols.PROTOCOLS)
+    assert set(rows["protocol"]) == set(PROTOCOLS)
     for protocol in ("few-shot", "base-to-new"):
         assert set(rows[rows["protocol"] == protocol]["dataset"]) == set(data.DATASETS)
     shifts = set(TABLE["imagenet"].shifts)
@@ -60,7 +61,7 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     assert set(rows.query("protocol == 'cross-dataset'")["target"]) == set(
         data.DATASETS
     )
-    protocols._clip.cache_clear()
+    runs._clip.cache_clear()
 
 
 @pytest.mark.parametrize("missing", ["imagenet", "dtd"])

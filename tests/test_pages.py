@@ -13,7 +13,8 @@ from test_protocols import tiny
 from test_results import base_new
 
 from promptkit import chapter as chapters
-from promptkit import data, pages, protocols
+from promptkit import data, pages
+from promptkit import runs as running
 from promptkit.errors import InputError
 from promptkit.pages import equal_host, title
 from promptkit.recipe import Setting
@@ -157,9 +158,9 @@ def test_titles():
 
 
 def test_chapter(tmp_path, monkeypatch):
-    monkeypatch.setattr(protocols, "load_clip", lambda *args, **kwargs: tiny())
+    monkeypatch.setattr(running, "load_clip", lambda *args, **kwargs: tiny())
     monkeypatch.setattr(chapters, "load_clip", lambda *args, **kwargs: tiny())
-    protocols._clip.cache_clear()
+    running._clip.cache_clear()
     chapter = chapters.Chapter(
         "99_test", "smoke", seeds=[1, 2, 3], shots=2, output=str(tmp_path)
     )
@@ -212,4 +213,4 @@ def test_chapter(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unknown profile"):
         chapters.Chapter("99_test", "huge")
     assert "class Trained" in str(chapters.source(chapters.Trained))
-    protocols._clip.cache_clear()
+    running._clip.cache_clear()

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import NAMES, toy_dataset
 
 from promptkit.data import transform
 from promptkit.errors import InputError
@@ -17,6 +16,7 @@ from promptkit.methods.waffleclip import linked
 from promptkit.prompts import Context, deep_prompts
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
+from promptkit.testing import NAMES, toy_dataset
 from promptkit.train import fit
 
 CLEAN = [name.replace("_", " ") for name in NAMES]
@@ -116,7 +116,7 @@ def test_kgcoop_takes_its_template_from_the_dataset(tiny_clip):
     dataset = replace(
         toy_dataset(tiny_clip),
         template="a drawing of a {}.",
-        official="DescribableTextures",
+        name="dtd",
     )
     method = build("kgcoop", tiny_clip, dataset.classnames)
     method.aim(dataset)
@@ -337,9 +337,7 @@ def test_tpt_lowers_the_entropy_of_its_confident_views(tiny_clip, batch):
         toy_dataset(tiny_clip).train.images()[:3], torch.Generator().manual_seed(0)
     )
     assert views.shape[:2] == (3, 8)
-    done = method.tune(
-        tiny_clip.encode_image(views.flatten(0, 1)).unflatten(0, (3, 8))
-    )
+    done = method.tune(tiny_clip.encode_image(views.flatten(0, 1)).unflatten(0, (3, 8)))
     assert done.selected.shape == (3, 2) and (done.losses[-1] < done.losses[0]).all()
     chosen = done.entropy.gather(1, done.selected)
     assert (chosen.amax(1) <= done.entropy.kthvalue(2, dim=1).values + 1e-6).all()

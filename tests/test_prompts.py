@@ -30,6 +30,22 @@ def embedded(clip, *parts):
     return torch.cat([clip.embed([SOS]), *parts, clip.embed([EOT])])
 
 
+def published(clip, vectors, name, position, words=""):
+    """The sequence as CoOp's code builds it: the sentence is tokenised as a whole, the
+    vectors replace its first tokens, and the name is as long as the name alone.
+    """
+    M = len(vectors)
+    tail = clip.encode(f"{words or ' '.join('X' * M)} {name}.")[M:]
+    n, half = len(clip.encode(name)), M // 2
+    name, rest = clip.embed(tail[:n]), clip.embed(tail[n:])
+    parts = {
+        "end": [vectors, name, rest],
+        "middle": [vectors[:half], name, vectors[half:], rest],
+        "front": [name, vectors, rest],
+    }[position]
+    return embedded(clip, *parts)
+
+
 def test_end_middle_front(tiny_clip):
     """The layouts of CoOp; with an odd length the longer half follows the name."""
     for position in ("end", "middle", "front"):
@@ -37,12 +53,8 @@ def test_end_middle_front(tiny_clip):
         v = context.vectors
         assert v.shape == (5, 32)
         for name, row in zip(NAMES, rows(context.prompt()), strict=True):
-            expected = {
-                "end": [v, name + "."],
-                "middle": [v[:2], name, v[2:], "."],
-                "front": [name, v, "."],
-            }[position]
-            assert_close(row, embedded(tiny_clip, *expected), rtol=0, atol=0)
+            expected = published(tiny_clip, v, name, position)
+            assert_close(row, expected, rtol=0, atol=0)
     assert Context(tiny_clip, NAMES, 5).prompt().prefix.shape == (1, 6, 32)
     assert Context(tiny_clip, NAMES, 5, position="middle").prompt().prefix.shape == (
         1,
@@ -58,12 +70,8 @@ def test_class_specific(tiny_clip):
         for name, v, row in zip(
             NAMES, context.vectors, rows(context.prompt()), strict=True
         ):
-            expected = {
-                "end": [v, name + "."],
-                "middle": [v[:2], name, v[2:], "."],
-                "front": [name, v, "."],
-            }[position]
-            assert_close(row, embedded(tiny_clip, *expected), rtol=0, atol=0)
+            expected = published(tiny_clip, v, name, position)
+            assert_close(row, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
@@ -83,8 +91,10 @@ def test_vectors_of_groups(tiny_clip, position):
 
 
 def test_words(tiny_clip):
-    context = Context(tiny_clip, NAMES, words="a photo of a", class_specific=True)
+    context = Context(tiny_clip, NAMES, words="a photo of a")
     assert context.vectors.shape == (4, 32) and not context.class_specific
+    with pytest.raises(InputError, match="shared by all classes"):
+        Context(tiny_clip, NAMES, words="a photo of a", class_specific=True)
     oracle = tiny_clip.encode_text([f"a photo of a {name}." for name in NAMES])
     assert_close(tiny_clip.text(context.prompt())[0], oracle)
     assert_close(
@@ -104,8 +114,11 @@ def test_words_of_several_tokens(tiny_clip):
     assert context.vectors.shape == (3, 32)
     for name, row in zip(NAMES, rows(context.prompt()), strict=True):
         assert_close(row, embedded(tiny_clip, f"{words} {name}."), rtol=0, atol=0)
-    front = rows(Context(tiny_clip, NAMES, words=words, position="front").prompt())
-    assert_close(front[1], embedded(tiny_clip, f"pug {words} ."), rtol=0, atol=0)
+    for position in ("front", "middle"):  # the name takes the tokens left over
+        context = Context(tiny_clip, NAMES, words=words, position=position)
+        for name, row in zip(NAMES, rows(context.prompt()), strict=True):
+            expected = published(tiny_clip, context.vectors, name, position, words)
+            assert_close(row, expected, rtol=0, atol=0)
 
 
 def test_random_initialisation(tiny_clip):
@@ -230,19 +243,83 @@ def test_any_names(tiny_clip, classnames, position, length):
     prompt = context.prompt()
     ours = tiny_clip.text(prompt)[0]
     texts = [name.replace("_", " ") for name in classnames]
-    v, half = context.vectors, length // 2
     for text, row, feature in zip(texts, rows(prompt), ours, strict=True):
-        parts = {
-            "end": [v, text + "."],
-            "middle": [v[:half], text, v[half:], "."],
-            "front": [text, v, "."],
-        }[position]
-        expected = embedded(tiny_clip, *parts)
+        expected = published(tiny_clip, context.vectors, text, position)
         assert_close(row, expected, rtol=0, atol=0)
         oracle = plain_text(
             tiny_clip.model, expected[None], torch.tensor([len(expected) - 1])
         )[0]
         assert_close(feature, oracle, rtol=1e-4, atol=1e-4)
+
+
+ODD = ["St.", "kite (bird)", "C++", "what?", "737-800", "a.b.", "x)", "No. 9", "!"]
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+@pytest.mark.parametrize("words", ["", "a photo of a"])
+def test_names_that_end_in_punctuation(tiny_clip, position, words):
+    """The name's last mark and the full stop are one token, which stays with the
+    name.
+    """
+    context = Context(tiny_clip, ODD, 4, words=words, position=position)
+    for name, row in zip(ODD, rows(context.prompt()), strict=True):
+        expected = published(tiny_clip, context.vectors, name, position, words)
+        assert_close(row, expected, rtol=0, atol=0)
+    joint = tiny_clip.encode("St..")
+    assert len(joint) == 2 == len(tiny_clip.encode("St."))
+    if position != "end":
+        first = 1 if position == "front" else 3
+        row = rows(context.prompt())[0]
+        assert_close(row[first : first + 2], tiny_clip.embed(joint), rtol=0, atol=0)
+        assert len(row) == 1 + 4 + 2 + 1  # SOS, context, name with its marks, EOT
+
+
+@pytest.mark.parametrize("ending", ["{}, a type of pet.", "{} texture.", "{}"])
+def test_other_endings(tiny_clip, ending):
+    context = Context(tiny_clip, NAMES, words="a photo of a", ending=ending)
+    texts = [f"a photo of a {ending.replace('{}', name)}" for name in NAMES]
+    oracle = tiny_clip.encode_text(texts)
+    assert_close(tiny_clip.text(context.prompt())[0], oracle, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="ending must hold"):
+        Context(tiny_clip, NAMES, ending="a name.")
+
+
+def test_where_learned_tokens_start(tiny_clip):
+    template = Template(tiny_clip, NAMES, [2, "color", 3, "{}", 1, "."])
+    color = len(tiny_clip.encode("color"))
+    assert template.starts == [1, 3 + color, None]  # names differ in length
+    same = Template(tiny_clip, ["cat", "dog"], ["{}", 2, "."])
+    assert same.starts == [2]
+    for position, start in (("end", 1), ("middle", 1), ("front", None)):
+        assert Context(tiny_clip, NAMES, 4, position=position).start == start
+    assert Context(tiny_clip, ["cat", "dog"], 4, position="front").start == 2
+    alone = Context(tiny_clip, ["cat", "dog"], 1, position="middle")
+    assert alone.start == 2  # the half before the name is empty
+
+    class Attributed(Context):
+        """ATPrompt's: other learned tokens and an attribute before the context."""
+
+        slot = 1
+
+        def pattern(self, names):
+            return [2, "color", *super().pattern(names)]
+
+    assert Attributed(tiny_clip, NAMES, 4).start == 3 + color
+
+
+def test_truncation_on_request(tiny_clip):
+    long = "a very " * 60 + "long name"
+    pattern = [4, "{}."]
+    with pytest.raises(InputError, match="takes .* tokens"):
+        Template(tiny_clip, ["dog", long], pattern)
+    template = Template(tiny_clip, ["dog", long], pattern, truncate=True)
+    v = torch.randn(4, 32)
+    dog, cut = rows(template(v))
+    assert_close(dog, embedded(tiny_clip, v, "dog."), rtol=0, atol=0)
+    kept = tiny_clip.embed(tiny_clip.encode(long)[: 77 - 2 - 4])
+    assert_close(cut, embedded(tiny_clip, v, kept), rtol=0, atol=0)
+    with pytest.raises(InputError, match="takes"):  # learned tokens are never cut
+        Template(tiny_clip, [long], ["{}", 4, "."], truncate=True)
 
 
 @settings(max_examples=20, deadline=None)

@@ -2,6 +2,7 @@
 and toy images.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promptkit import protocols
+from promptkit import grids, identity, protocols, runs, tuning, workers
 from promptkit.clip import FrozenCLIP
 from promptkit.data import Dataset, Split
 from promptkit.errors import InputError
@@ -26,7 +27,7 @@ from promptkit.grids import SweepError, sweep
 from promptkit.protocols import base_to_new, cross_dataset, few_shot
 from promptkit.registry import load_method
 from promptkit.results import COLUMNS, harmonic_mean, load_results, read_run
-from promptkit.runs import Run, estimate, execute, prepare
+from promptkit.runs import Run, estimate, execute, plan
 from promptkit.tuning import tune
 
 NAMES = ["red square", "green_circle", "blue star", "teapot", "pug", "van"]
@@ -136,7 +137,7 @@ def test_same_seed_same_bits_and_another_draw_by_another():
     ]
     assert runs[0] == runs[1]
     drawn = [
-        prepare(
+        plan(
             Run("few-shot", "coop", toy(), seed=s, shots=2, clip=tiny())
         ).training_set()
         for s in (1, 2)
@@ -147,10 +148,10 @@ def test_same_seed_same_bits_and_another_draw_by_another():
 def test_base_to_new_splits_and_harmonic_mean(folder):
     rows = base_to_new("coop", toy(), 4, clip=tiny(), **QUICK).set_index("split").value
     assert rows["hm"] == pytest.approx(harmonic_mean(rows["base"], rows["new"]))
-    plan = prepare(Run("base-to-new", "coop", toy(), shots=4, clip=tiny()))
+    planned = plan(Run("base-to-new", "coop", toy(), shots=4, clip=tiny()))
     base, everything = (
-        plan.training_set(),
-        prepare(Run("few-shot", "coop", toy(), shots=4, clip=tiny())).training_set(),
+        planned.training_set(),
+        plan(Run("few-shot", "coop", toy(), shots=4, clip=tiny())).training_set(),
     )
     assert base.classnames == NAMES[:3] and len(base.train) == 12
     drawn_for_base = everything.train.rows[everything.train.labels < 3]
@@ -197,13 +198,13 @@ def test_a_template_that_is_asked_for_is_kept():
         for more in ({}, {"template": "{}"}, {"template": "blue {}"})
     ]
     assert len({rows.hash[0] for rows in values}) == 3
-    plan = prepare(
+    planned = plan(
         Run("few-shot", "clip", toy(), clip=tiny(), overrides={"template": "blue {}"})
     )
-    assert plan.build(toy()).templates == ["blue {}"]
-    assert prepare(Run("few-shot", "clip", toy(), clip=tiny())).build(
-        toy()
-    ).templates == [toy().template]
+    assert planned.build(toy()).templates == ["blue {}"]
+    assert plan(Run("few-shot", "clip", toy(), clip=tiny())).build(toy()).templates == [
+        toy().template
+    ]
 
 
 def test_linear_probe_is_measured_and_stored_like_a_method(folder):
@@ -232,12 +233,12 @@ def test_linear_probe_is_measured_and_stored_like_a_method(folder):
 def test_transfer_protocols_share_their_training(folder, monkeypatch):
     trainings = []
     monkeypatch.setattr(
-        protocols,
+        runs,
         "fit",
-        lambda *a, fit=protocols.fit, **k: trainings.append(1) or fit(*a, **k),
+        lambda *a, fit=runs.fit, **k: trainings.append(1) or fit(*a, **k),
     )
     shifts = [toy("toy-v2"), toy("toy-sketch")]
-    monkeypatch.setattr(protocols, "_shifts", lambda dataset, root: shifts)
+    monkeypatch.setattr(runs, "_shifts", lambda dataset, root: shifts)
     rows = cross_dataset(
         "coop", toy(), [toy("other"), toy("third")], 2, clip=tiny(), **QUICK
     )
@@ -257,9 +258,9 @@ def test_transfer_protocols_share_their_training(folder, monkeypatch):
 def test_what_is_stored_is_not_run_again(folder, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        protocols,
+        runs,
         "fit",
-        lambda *a, fit=protocols.fit, **k: calls.append(1) or fit(*a, **k),
+        lambda *a, fit=runs.fit, **k: calls.append(1) or fit(*a, **k),
     )
     arguments = (
         "few-shot",
@@ -299,8 +300,8 @@ def test_another_configuration_is_another_run(change):
     def configuration(**more):
         options = {"shots": 2, "seed": 1, "clip": tiny()} | QUICK | more
         options.pop("progress")
-        return protocols.config_hash(
-            protocols.grid("few-shot", "coop", toy(), options.pop("seed"), **options)[
+        return runs.config_hash(
+            grids.grid("few-shot", "coop", toy(), options.pop("seed"), **options)[
                 0
             ].config
         )
@@ -309,32 +310,32 @@ def test_another_configuration_is_another_run(change):
 
 
 def test_code_and_weights_and_images_belong_to_the_configuration(monkeypatch):
-    plan = prepare(Run("few-shot", "coop", toy(), clip=tiny()))
-    assert plan.config["clip"]["fingerprint"] == tiny().fingerprint
+    planned = plan(Run("few-shot", "coop", toy(), clip=tiny()))
+    assert planned.config["clip"]["fingerprint"] == tiny().fingerprint
     assert (
-        plan.config["images"]["toy"]
-        != prepare(Run("few-shot", "coop", toy(each=7), clip=tiny())).config["images"][
-            "toy"
-        ]
+        planned.config["data"]["toy"]
+        != plan(Run("few-shot", "coop", toy(each=7), clip=tiny())).config["data"]["toy"]
     )
-    source = protocols.inspect.getsource
-    protocols._code.cache_clear()
+    source = identity.inspect.getsource
+    identity._module.cache_clear()
     monkeypatch.setattr(
-        protocols.inspect,
+        identity.inspect,
         "getsource",
         lambda m: source(m).replace('"""CoOp:', '"""Other words:'),
     )
     assert (
-        protocols._code("coop") == plan.config["code"]
+        identity.of_code("coop") == planned.config["code"]
     )  # a docstring changes no number
-    protocols._code.cache_clear()
+    identity._module.cache_clear()
     monkeypatch.setattr(
-        protocols.inspect,
+        identity.inspect,
         "getsource",
-        lambda m: source(m).replace("n_ctx: int = 16", "n_ctx: int = 8"),
+        lambda m: source(m).replace(
+            "n_ctx: int | None = None", "n_ctx: int | None = 8"
+        ),
     )
-    assert protocols._code("coop") != plan.config["code"]
-    protocols._code.cache_clear()
+    assert identity.of_code("coop") != planned.config["code"]
+    identity._module.cache_clear()
 
 
 def test_damaged_file_is_reported_and_run_again(folder):
@@ -351,12 +352,12 @@ def test_damaged_file_is_reported_and_run_again(folder):
 
 
 def test_failed_run_does_not_stop_the_others(folder, monkeypatch):
-    def fit(method, dataset, recipe, seed, fit=protocols.fit, **options):
+    def fit(method, dataset, recipe, seed, fit=runs.fit, **options):
         if seed == 1:
             raise MemoryError("not enough")
         return fit(method, dataset, recipe, seed, **options)
 
-    monkeypatch.setattr(protocols, "fit", fit)
+    monkeypatch.setattr(runs, "fit", fit)
     with pytest.raises(
         SweepError,
         match=(
@@ -372,7 +373,7 @@ def test_save_keeps_the_trained_method(tmp_path):
         "coop", toy(), 2, clip=tiny(), save=tmp_path / "coop.safetensors", **QUICK
     )
     method = load_method(tmp_path / "coop.safetensors", tiny())
-    assert protocols.accuracy(method, toy().test) == rows.value[0]
+    assert runs.accuracy(method, toy().test) == rows.value[0]
 
 
 def test_checkpoint_of_a_full_run_is_removed_when_done(folder):
@@ -390,7 +391,7 @@ def test_checkpoint_of_a_full_run_is_removed_when_done(folder):
         ({"shots": 0}, "shots must be a whole number from 1, got 0"),
         ({"seed": -1}, "seed must be a whole number from 0, got -1"),
         ({"n_ctxx": 4}, "unknown hyperparameter of coop 'n_ctxx'.*'n_ctx'"),
-        ({"n_ctx": "four"}, "n_ctx must be a whole number, got 'four'"),
+        ({"n_ctx": "four"}, "n_ctx must be a whole number or None, got 'four'"),
         ({"lr": -1.0}, "lr must be a number that is not negative"),
         ({"targets": ("pets",)}, "no other run takes any"),
     ],
@@ -420,13 +421,13 @@ def test_other_bad_requests(folder):
     with pytest.raises(InputError, match="by their names"):
         sweep("few-shot", "coop", toy(), shots=[2], clip=tiny(), workers=2)
     with pytest.raises(InputError, match="no Dask scheduler"):
-        list(protocols.parallel(len, [[]], scheduler="nonsense://nowhere"))
+        list(workers.parallel(len, [[]], scheduler="nonsense://nowhere"))
     assert files(folder) == []
 
 
 def test_class_specific_context_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(
-        protocols,
+        runs,
         "fit",
         lambda *a, **k: pytest.fail("trained although new classes are impossible"),
     )
@@ -437,9 +438,9 @@ def test_class_specific_context_is_refused_before_training(monkeypatch):
 def test_tuning_reads_validation_images_only(monkeypatch):
     read = []
     monkeypatch.setattr(
-        protocols,
+        tuning,
         "accuracy",
-        lambda m, split, accuracy=protocols.accuracy, **k: (
+        lambda m, split, accuracy=runs.accuracy, **k: (
             read.append(split.key) or accuracy(m, split, **k)
         ),
     )
@@ -473,7 +474,7 @@ def test_tuning_reads_validation_images_only(monkeypatch):
 def test_tuning_on_test_images_is_refused():
     with pytest.raises(InputError, match="validation images only, not on 'test'"):
         tune("coop", toy(), {"lr": [0.1]}, clip=tiny(), split="test")
-    leaking = protocols.dataclasses.replace(toy(), val=toy().test)
+    leaking = dataclasses.replace(toy(), val=toy().test)
     with pytest.raises(InputError, match="no validation images of its own"):
         tune("coop", leaking, {"lr": [0.1]}, clip=tiny(), progress=False)
 
@@ -481,7 +482,7 @@ def test_tuning_on_test_images_is_refused():
 def test_parallel_runs_in_processes():
     done = dict(
         (item, result)
-        for item, result in protocols.parallel(abs, [-1, -2, -3], workers=2)
+        for item, result in workers.parallel(abs, [-1, -2, -3], workers=2)
     )
     assert done == {-1: 1, -2: 2, -3: 3}
 
@@ -492,7 +493,7 @@ def test_parallel_runs_on_a_dask_cluster():
         1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
         address = cluster.scheduler_address
-        assert dict(protocols.parallel(abs, [-1, -2], scheduler=address)) == {
+        assert dict(workers.parallel(abs, [-1, -2], scheduler=address)) == {
             -1: 1,
             -2: 2,
         }
@@ -551,7 +552,7 @@ def test_killed_sweep_leaves_whole_files_and_goes_on(tmp_path):
 
 
 def test_describe_says_what_is_about_to_happen():
-    facts = prepare(
+    facts = plan(
         Run(
             "few-shot",
             "coop",
@@ -566,13 +567,12 @@ def test_describe_says_what_is_about_to_happen():
         "3 epochs, 3 steps of 24, sgd, learning rate 0.024"
     )
     assert (
-        "training"
-        not in prepare(Run("few-shot", "clip", toy(), clip=tiny())).describe()
+        "training" not in plan(Run("few-shot", "clip", toy(), clip=tiny())).describe()
     )
 
 
 def test_estimate_measures_a_step_and_keeps_nothing():
-    plan = prepare(
+    planned = plan(
         Run(
             "few-shot",
             "coop",
@@ -583,13 +583,15 @@ def test_estimate_measures_a_step_and_keeps_nothing():
             overrides={"n_ctx": 2},
         )
     )
-    facts = estimate(plan)
+    facts = estimate(planned)
     assert re.fullmatch(
         r"about \d+ (seconds|minutes) of training, \d+\.\d GiB", facts["estimate"]
     )
-    before, after = (plan.build(plan.training_set()).context.vectors for _ in range(2))
+    before, after = (
+        planned.build(planned.training_set()).context.vectors for _ in range(2)
+    )
     assert torch.equal(before, after)
-    assert estimate(prepare(Run("few-shot", "clip", toy(), clip=tiny()))) == {}
+    assert estimate(plan(Run("few-shot", "clip", toy(), clip=tiny()))) == {}
 
 
 def test_execute_takes_a_run():

@@ -2,6 +2,7 @@
 work.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -42,12 +43,14 @@ def plain(clip, prompt, edit=None):
     return x.view(G, len(prompt.eot), -1)
 
 
-def check(ours, oracle, *learned):
-    """Features agree, and so do the gradients of a random function of them."""
+def check(ours, oracle, *learned, theirs=None):
+    """Features agree, and so do the gradients of a random function of them; `theirs`
+    are the oracle's own parameters.
+    """
     assert_close(ours, oracle, **EXACT)
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
     a = torch.autograd.grad(ours, learned, weights)
-    b = torch.autograd.grad(oracle, learned, weights)
+    b = torch.autograd.grad(oracle, theirs or learned, weights)
     for x, y in zip(a, b, strict=True):
         assert y.abs().max() > 1e-3
         assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
@@ -203,6 +206,50 @@ def test_text_adapters_are_exact(tiny_clip, mode):
     )
 
 
+class Norms(Edit):
+    """Layer norms of its own, by name such as ln_1 of block 0 or ln_post of none."""
+
+    def __init__(self, own):
+        self.own = own
+
+    def norm(self, layer, which, weight, bias):
+        return self.own.get((layer, which), (weight, bias))
+
+
+def replaced(clip, names):
+    """An edit with random layer norms, its parameters, and a copy of the model with
+    layer norms of these values in their place, whose parameters follow in order.
+    """
+    model = copy.deepcopy(clip.model)
+    own, theirs = {}, []
+    for n, (layer, which, path) in enumerate(names):
+        module = model.get_submodule(path)
+        own[layer, which] = (
+            (1 + random(32, seed=2 * n)).detach().requires_grad_(),
+            random(32, seed=2 * n + 1),
+        )
+        values = [x.detach().clone() for x in own[layer, which]]
+        module.weight, module.bias = map(torch.nn.Parameter, values)
+        theirs += [module.weight, module.bias]
+    return Norms(own), [x for pair in own.values() for x in pair], model, theirs
+
+
+def test_text_norms_are_exact(tiny_clip, mode):
+    block = "transformer.resblocks"
+    names = [(i, ln, f"{block}.{i}.{ln}") for i in range(3) for ln in ("ln_1", "ln_2")]
+    edit, learned, model, theirs = replaced(
+        tiny_clip, [*names, (None, "ln_final", "ln_final")]
+    )
+    prompt = assemble(tiny_clip, NAMES, ["a photo of a {}."])
+    eot = prompt.eot + prompt.prefix.shape[1]
+    ours = tiny_clip.text(prompt, Edits(Replace({}), edit))[0]
+    oracle = plain_text(model, prompt.full()[0], eot)
+    check(ours, oracle, *learned, theirs=theirs)
+    with torch.no_grad():
+        assert_close(tiny_clip.text(prompt, edit)[0], ours, **EXACT)
+    assert not torch.allclose(tiny_clip.text(prompt)[0], ours, atol=1e-2)
+
+
 def test_edits_apply_in_order(tiny_clip):
     context, deep = Context(tiny_clip, NAMES, 2), random(2, 32)
     a, b = Replace({1: (1, deep)}), Replace({1: (1, 2 * deep), 2: (1, deep)})
@@ -236,6 +283,47 @@ def test_text_tokens(tiny_clip, mode, groups):
         assert_close(tokens[:, c, : eot + 1], x[:, c, : eot + 1], **EXACT)
         assert not tokens[:, c, eot + 1 :].any()
         assert_close(tokens[:, c, eot], features[:, c], **EXACT)
+
+
+def test_plans_belong_to_their_prompts(tiny_clip):
+    """A plan is found by the identity of the positions of EOT: in a copied tower that
+    identity may be another tensor's, and a tensor may change in place.
+    """
+    tower, prompt = tiny_clip.text_tower, Context(tiny_clip, NAMES, 3).prompt()
+    tower._plans.clear()
+    before = tiny_clip.text(prompt)
+    for key, (eot, _) in tower._plans.items():
+        tower._plans[key] = eot.clone(), "of another prompt"
+    assert torch.equal(tiny_clip.text(prompt), before)
+    short = assemble(tiny_clip, ["dog", "cat"], ["a photo of a very large {}."])
+    assert_close(tiny_clip.text(short), plain(tiny_clip, short), **EXACT)
+    short.eot[0] -= 1  # the full stop before EOT
+    assert_close(tiny_clip.text(short), plain(tiny_clip, short), **EXACT)
+
+
+def test_inference_mode(tiny_clip):
+    """Tensors of it have no version; the same values as without."""
+    context = Context(tiny_clip, NAMES, 3)
+    before = tiny_clip.text(context.prompt())
+    with torch.inference_mode():
+        context.set_classes(NAMES[::-1])
+        assert_close(tiny_clip.text(context.prompt()).flip(1), before, **EXACT)
+
+
+def test_plain_operations_where_nothing_learns(tiny_clip, monkeypatch):
+    """No function of our own is on the way, so that the towers can be traced."""
+    import promptkit.frozen as frozen
+
+    context, images = Context(tiny_clip, NAMES, 3), torch.randn(2, 3, 32, 32)
+    text, image = tiny_clip.text(context.prompt()), tiny_clip.image(images)
+    learned = Context(tiny_clip, NAMES, 3, class_specific=True).prompt()
+    for name in ("_Linear", "_MLP", "_PackedAttention", "_PrefixAttention"):
+        monkeypatch.delattr(frozen, name)
+    with torch.no_grad():
+        assert torch.equal(tiny_clip.text(context.prompt()), text)
+        assert torch.equal(tiny_clip.image(images), image)
+        assert_close(tiny_clip.text(context.prompt(), Edit()), text, **EXACT)
+        assert_close(tiny_clip.text(learned, Edit()), tiny_clip.text(learned), **EXACT)
 
 
 def test_no_graph_where_nothing_learns(tiny_clip):
@@ -386,6 +474,25 @@ def test_image_adapters_are_exact(tiny_clip, image_mode):
     )
 
 
+def test_image_norms_are_exact(tiny_clip, image_mode):
+    block = "visual.transformer.resblocks"
+    names = [(i, ln, f"{block}.{i}.{ln}") for i in range(2) for ln in ("ln_1", "ln_2")]
+    names += [(None, ln, f"visual.{ln}") for ln in ("ln_pre", "ln_post")]
+    edit, learned, model, theirs = replaced(tiny_clip, names)
+    images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ours = tiny_clip.image(images, edit=edit)
+    check(ours, model.encode_image(images), *learned, theirs=theirs)
+    doubled = Norms({key: (2 * w, 2 * b) for key, (w, b) in edit.own.items()})
+    assert_close(tiny_clip.image(images, edit=Edits(doubled, edit)), ours, **EXACT)
+
+
+def test_models_without_a_norm_before_the_blocks(make_clip):
+    clip = make_clip()
+    clip.model.visual.ln_pre = torch.nn.Identity()
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(clip.image(images), clip.model.encode_image(images), **EXACT)
+
+
 def test_class_attention(tiny_clip):
     images, v = torch.randn(2, 3, 32, 32), tiny_clip.model.visual
     features, tokens, attention = tiny_clip.image(images, tokens=True, attention=True)
@@ -414,7 +521,8 @@ def test_many_classes_stay_within_the_budget():
         from promptkit.clip import FrozenCLIP
         from promptkit.towers import Prompt
         vision = dict(layers=1, width=32, head_width=16, patch_size=8, image_size=32)
-        model = open_clip.CLIP(24, vision, dict(width=128, heads=2, layers=12), quick_gelu=True)
+        text = dict(width=128, heads=2, layers=12)
+        model = open_clip.CLIP(24, vision, text, quick_gelu=True)
         clip = FrozenCLIP(model, budget=64 * 2**20)
         prefix = torch.randn(1, 17, 128, requires_grad=True)
         prompt = Prompt(prefix, torch.randn(1500, 10, 128), torch.arange(1500) % 10)

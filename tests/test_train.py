@@ -7,55 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from promptkit.data import Dataset, Split, transform
+from promptkit.data import transform
 from promptkit.errors import InputError
 from promptkit.method import REGISTRY, Batch, Method, register
 from promptkit.plugin import Plugin
 from promptkit.recipe import Recipe, Setting, for_profile, learning_rate
 from promptkit.registry import build, from_official, load_method, recipe
+from promptkit.testing import NAMES, toy_dataset
 from promptkit.train import DivergedError, History, accuracy, fit, shuffled
-
-NAMES = ["red square", "green_circle", "blue star", "an old, grey teapot", "pug"]
-
-
-def toy_dataset(clip, classnames=NAMES, shots=4, seed=0):
-    """Few images of made-up classes, at CLIP's image size."""
-    generator = torch.Generator().manual_seed(seed)
-    size, labels = (
-        clip.image_size,
-        torch.arange(len(classnames)).repeat_interleave(shots),
-    )
-    colours = torch.randint(
-        0, 256, (len(classnames), 3, 4, 4), generator=generator
-    ).float()
-
-    def split(part):
-        noise = 40 * torch.randn(len(labels), 3, size, size, generator=generator)
-        pixels = (
-            (F.interpolate(colours, (size, size))[labels] + noise)
-            .clamp(0, 255)
-            .to(torch.uint8)
-        )
-        return Split(
-            labels,
-            lambda: pixels,
-            torch.arange(len(labels)),
-            f"toy-{part}-{seed}-{shots}-{len(classnames)}",
-        )
-
-    template = "a photo of a {}, a toy."
-    return Dataset(
-        "toy",
-        "Toys",
-        list(classnames),
-        template,
-        split("train"),
-        split("val"),
-        split("test"),
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -140,15 +101,15 @@ def test_profiles_change_every_recipe_by_one_rule():
         (dict(shots=2), {"n_ctx": 16}, 100),
         (dict(shots=8), {"n_ctx": 16}, 200),
         (dict(shots=16, dataset="imagenet"), {"n_ctx": 16}, 50),
-        (dict(protocol="base-to-new"), {"n_ctx": 4, "init": "a photo of a"}, 200),
+        (dict(protocol="base-to-new"), {"init": "a photo of a"}, 200),
         (
             dict(protocol="base-to-new", dataset="imagenet"),
-            {"n_ctx": 4, "init": "a photo of a"},
+            {"init": "a photo of a"},
             50,
         ),
         (
             dict(protocol="cross-dataset", dataset="imagenet"),
-            {"n_ctx": 4, "init": "a photo of a"},
+            {"init": "a photo of a"},
             50,
         ),
     ],

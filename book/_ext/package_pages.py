@@ -3,18 +3,22 @@ needs no edit here.
 
 In a page, the line ``[modules: promptkit]`` stands for a section for `promptkit` and
 for each public module below it, and ``[modules: promptkit -promptkit.methods]`` leaves
-a subpackage out.
+a subpackage out. The line ``[recipes]`` stands for what each method says of the
+published runs behind its recipes.
 """
 
 import re
 from pathlib import Path
 
+RECIPES = re.compile(r"^\[recipes\]$", re.MULTILINE)
 LINE = re.compile(r"^\[modules: ([\w.]+)(?: -([\w.]+))?\]$", re.MULTILINE)
 
 # Each layer imports only from those before it, and a reader meets them in that order.
 LAYERS = (
-    "errors files frozen towers clip mini_clip prompts data pretrain method train probe"
-    " results protocols plots widgets chapter reproduce pages cli"
+    "errors files frozen towers weights clip mini_clip prompts data recipe published"
+    " hyperparameters method plugin registry pretrain train probe identity results runs"
+    " protocols workers grids tuning export testing parameters plots widgets pages"
+    " chapter reproduce cli"
 ).split()
 
 SECTION = """## `{name}`
@@ -57,6 +61,11 @@ def fill(app, docname, source):
         )
 
     source[0] = LINE.sub(sections, source[0])
+    if RECIPES.search(source[0]):
+        from promptkit.method import methods
+        from promptkit.published import table
+
+        source[0] = RECIPES.sub(lambda line: table(methods()), source[0])
 
 
 def setup(app):

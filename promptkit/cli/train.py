@@ -191,7 +191,7 @@ def run(
     plans = grid(
         protocol,
         method,
-        _named(names, root, values.naming(classnames, descriptions)),
+        names,
         seeds,
         shots,
         clip=model,
@@ -203,6 +203,7 @@ def run(
         root=None if root is None else str(root),
         device=device,
         overrides=overrides,
+        **values.naming(classnames, descriptions),
         **weights(like, quickgelu),
     )
     _refuse_idle(plans[0], overrides | {"max_steps": max_steps})
@@ -227,18 +228,6 @@ def run(
         f"stored in {results_dir(results).resolve()}"
         + (f"; trained method in {save}" if save else "")
     )
-
-
-def _named(names, root, naming):
-    """The datasets; by their names, or loaded where files of class names or sentences
-    belong to them.
-    """
-    from promptkit.data import load_dataset
-
-    if not naming:
-        return names
-    where = () if root is None else (root,)
-    return [load_dataset(name, *where, **naming) for name in names]
 
 
 def _refuse_idle(plan, given):
@@ -306,9 +295,9 @@ def evaluate(
             " --model, or name the --method that it is of"
         )
     with console.err.status("loading ..."):
-        from promptkit.protocols import evaluate
+        from promptkit.runs import evaluate as measure
     profile = values.choose_profile(None, None if data == "all" else data, model)
-    rows = evaluate(
+    rows = measure(
         checkpoint,
         values.datasets(data, profile),
         method=method,

@@ -16,5 +16,20 @@ from promptkit.data.datasets import (
 from promptkit.data.features import frozen_features, transform
 from promptkit.data.tasks import MINI_TASKS, SHIFTS, WORDS
 
-__all__ = ["DATASETS", "MINI_TASKS", "SHIFTS", "WORDS", "Dataset", "Split", "base_new", "data_root", "frozen_features",
-           "few_shot", "list_datasets", "load_dataset", "stamped_labels", "subset", "transform"]  # fmt: skip
+__all__ = [
+    "DATASETS",
+    "MINI_TASKS",
+    "SHIFTS",
+    "WORDS",
+    "Dataset",
+    "Split",
+    "base_new",
+    "data_root",
+    "few_shot",
+    "frozen_features",
+    "list_datasets",
+    "load_dataset",
+    "stamped_labels",
+    "subset",
+    "transform",
+]

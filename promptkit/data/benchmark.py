@@ -21,15 +21,23 @@ from pathlib import Path, PurePosixPath
 
 import open_clip
 
-from promptkit.data.images import Files, scan
+from promptkit.data.folders import inside, scan
+from promptkit.data.images import Files
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
 
 PLAIN = "a photo of a {}."
 # Seven of the eighty templates of Radford et al. 2021; a dataset other than ImageNet
 # adds its own.
-ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-            "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # fmt: skip
+ENSEMBLE = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
 
 PARTS = ("train", "val", "test")
 Item = tuple  # (path below the dataset's folder, label, class name[, size in bytes])
@@ -45,6 +53,10 @@ class Listing:
         source_rows: for a shifted version, which classes of the source its own are.
         files: the images themselves by split, once :meth:`check` has found the lists
             sound.
+        turn: whether photos are turned as their EXIF data say.
+        state: "ready"; "home-made", of its division; "differs" from the benchmark's
+            counts.
+        notes: what is worth knowing of how the lists were made.
     """
 
     folder: Path
@@ -54,6 +66,9 @@ class Listing:
     classnames: list[str] | None = None
     source_rows: list[int] | None = None
     files: dict[str, Files] = field(default_factory=dict)
+    turn: bool = False
+    state: str = "ready"
+    notes: list[str] = field(default_factory=list)
 
     def check(self, title: str) -> "Listing":
         """The listing with its class names and files.
@@ -101,7 +116,7 @@ class Listing:
             self.files[part] = (
                 self.files["val"]
                 if same
-                else Files(self.folder, [item[0] for item in items], sizes)
+                else Files(self.folder, [item[0] for item in items], sizes, self.turn)
             )
         return self
 
@@ -125,7 +140,6 @@ class Entry:
             file.
         images: what the paths of a split file are relative to; None if there is no such
             file.
-        variants: templates that single methods use instead of `template`.
     """
 
     title: str
@@ -136,7 +150,6 @@ class Entry:
     make: Callable[[Path, random.Random], Listing]
     images: str | None = None
     template: str = PLAIN
-    variants: dict[str, str] = field(default_factory=dict)
     shifts: tuple[str, ...] = ()
 
     @property
@@ -172,29 +185,54 @@ def read(
             " (--root) or $PROMPTKIT_DATA where the datasets are"
         )
     if entry.split_file and (folder / entry.split_file).exists():
-        listing, made_by = _read_split(folder / entry.split_file, entry.images)
+        listing, made_by = read_split(folder / entry.split_file, entry.images)
         listing.check(entry.title)
     else:
         made_by = "promptkit, seed 1" if entry.split_file else None
         listing = entry.make(folder, generator or random.Random(1)).check(entry.title)
         if made_by and keep:
             _write_split(folder / entry.split_file, entry.images, listing, made_by)
-    if made_by:
-        warnings.warn(
-            f"the division of {entry.title} in {folder} is home-made ({made_by}), not"
-            f" the published {entry.split_file}: accuracies on it cannot be compared"
-            " with the papers'",
-            stacklevel=2,
-        )
-    elif listing.counts != entry.counts:
-        numbers = "{} classes and {} + {} + {} images".format
-        warnings.warn(
-            f"{entry.title} in {folder} has {numbers(*listing.counts)}, the benchmark's"
-            f" has {numbers(*entry.counts)}: accuracies on it cannot be compared with"
-            " the papers'",
-            stacklevel=2,
+    _compare(listing, name, folder, made_by)
+    for note in listing.notes:
+        warnings.warn(note, stacklevel=2)
+    if name == "imagenet" and not listing.train:
+        listing.notes.append(
+            f"there is no {folder / 'images' / 'train'}: it can be tested on, which"
+            " takes images/val alone, and not trained on"
         )
     return listing
+
+
+def _compare(listing, name, folder, made_by):
+    """What a listing has in common with the published one."""
+    entry = TABLE[name]
+    counts = listing.counts
+    if name == "imagenet" and not listing.train:  # testing needs no more
+        counts = (counts[0], entry.counts[1], *counts[2:])
+    if made_by:
+        listing.state = "home-made"
+        listing.notes.append(
+            f"the division of {entry.title} in {folder} is home-made ({made_by}), not"
+            f" the published {entry.split_file}: accuracies on it cannot be compared"
+            " with the papers'"
+        )
+    elif counts != entry.counts:
+        listing.state = "differs"
+        numbers = "{} classes and {} + {} + {} images".format
+        listing.notes.append(
+            f"{entry.title} in {folder} has {numbers(*listing.counts)}, the benchmark's"
+            f" has {numbers(*entry.counts)}: accuracies on it cannot be compared with"
+            " the papers'"
+        )
+    drawn = list(folder.glob("split_fewshot/*.pkl"))
+    if drawn:
+        listing.notes.append(
+            f"{folder / 'split_fewshot'} holds {len(drawn)} files with draws of CoOp's"
+            " code; they are pickles, which could run code, and are not read: images"
+            " are drawn anew by the same rule, on ImageNet others; to use such a draw,"
+            " export it as JSON (see 'Your own images' in the book) and give it to"
+            " few_shot(..., draw=FILE)"
+        )
 
 
 def remedy(name: str, root=None) -> str:
@@ -214,16 +252,23 @@ def remedy(name: str, root=None) -> str:
 # --- split files ----------------------------------------------------------------------
 
 
-def _read_split(path, images):
-    """(Listing, who made it if it is home-made)."""
+def read_split(path: Path, images: str) -> tuple[Listing, str | None]:
+    """The listing of a split file, not checked yet, and who made it if it is home-made.
+
+    Args:
+        images: the folder beside the file that its paths start from; "." for its own.
+
+    Raises:
+        InputError: the file is damaged, or an item is not [path, label, class name].
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         parts = {part: content[part] for part in PARTS}
     except KeyError as error:
         raise InputError(
             f"the split file {path} has no list {error}: get it again"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"damaged split file {path} ({error}): get it again") from None
     prefix = "" if images == "." else f"{images}/"
     listing = Listing(path.parent)
@@ -260,8 +305,8 @@ def _write_split(path, images, listing, made_by):
     text = json.dumps(parts | {"made_by": made_by}, indent=4)
     try:
         write_atomically(path, lambda file: file.write(text.encode()))
-    except OSError:  # a folder that cannot be written: the same generator divides alike the next time
-        pass
+    except OSError:
+        pass  # of a folder that cannot be written: the same generator divides alike
 
 
 # --- the rules by which CoOp's code divides images ------------------------------------
@@ -326,7 +371,7 @@ def _lines(path):
     try:
         return [
             line.strip()
-            for line in path.read_text(encoding="utf-8").splitlines()
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
             if line.strip()
         ]
     except FileNotFoundError:
@@ -387,12 +432,24 @@ def _by_folder(images, names=None):
     return make
 
 
-CALTECH = {"BACKGROUND_Google": None, "Faces_easy": None, "airplanes": "airplane", "Faces": "face",
-           "Leopards": "leopard", "Motorbikes": "motorbike"}  # fmt: skip
-EUROSAT = {"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
-           "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-           "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
-           "SeaLake": "Sea or Lake"}  # fmt: skip
+CALTECH = {
+    "BACKGROUND_Google": None,
+    "Faces_easy": None,
+    "airplanes": "airplane",
+    "Faces": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
+}
+EUROSAT = {
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
+}
 
 
 def _pets(folder, generator):
@@ -540,9 +597,9 @@ def _ucf(folder, generator):
 # --- ImageNet and its shifts ----------------------------------------------------------
 
 
-def _wnids(folder):
+def _wnids(folder, notes):
     """{wnid: class name} in sorted order, of a folder's classnames.txt or of the one in
-    imagenet's.
+    imagenet's; else of open_clip, which is noted.
     """
     imagenet = folder.parent / "imagenet"
     for path in (folder / "classnames.txt", imagenet / "classnames.txt"):
@@ -561,20 +618,15 @@ def _wnids(folder):
         ),
         None,
     )
-    wnids = (
-        sorted(entry.name for entry in os.scandir(images) if entry.is_dir())
-        if images
-        else []
-    )
+    wnids = inside(images)[0] if images else []
     if len(wnids) != 1000:
         raise InputError(
             f"{folder / 'classnames.txt'} is missing: it holds a line 'wnid class name'"
             " for each class"
         )
-    warnings.warn(
+    notes.append(
         f"there is no {folder / 'classnames.txt'}; taking the class names that come"
-        " with open_clip",
-        stacklevel=6,
+        " with open_clip, which are the published ones"
     )
     return dict(zip(wnids, open_clip.IMAGENET_CLASSNAMES, strict=True))
 
@@ -609,7 +661,8 @@ def _imagenet(folder, generator):
     """Labels follow the sorted folders of images/train; what is called validation there
     is the test set.
     """
-    names = _wnids(folder)
+    notes = []
+    names = _wnids(folder, notes)
     test = _wnid_folders(folder, "images/val", names)
     train = (
         _wnid_folders(folder, "images/train", names)
@@ -625,7 +678,7 @@ def _imagenet(folder, generator):
     classnames = [names[wnid] for wnid in test]
     train = _sized("images/train", enumerate(train.values()), classnames)
     test = _sized("images/val", enumerate(test.values()), classnames)
-    return Listing(folder, train, test, test, classnames)
+    return Listing(folder, train, test, test, classnames, notes=notes)
 
 
 def _shift(images):
@@ -634,42 +687,42 @@ def _shift(images):
     """
 
     def make(folder, generator):
-        names = _wnids(folder)
+        notes = []
+        names = _wnids(folder, notes)
         found = _wnid_folders(folder, images, names)
-        rows, classnames = (
-            [list(names).index(wnid) for wnid in found],
-            [names[wnid] for wnid in found],
+        classnames = [names[wnid] for wnid in found]
+        return Listing(
+            folder,
+            test=_sized(images, enumerate(found.values()), classnames),
+            classnames=classnames,
+            source_rows=[list(names).index(wnid) for wnid in found],
+            notes=notes,
         )
-        test = _sized(images, enumerate(found.values()), classnames)
-        return Listing(folder, test=test, classnames=classnames, source_rows=rows)
 
     return make
 
 
 def _imagenetv2(folder, generator):
     """Class folders named by label; "10" comes after "2"."""
-    images, classnames = (
-        "imagenetv2-matched-frequency-format-val",
-        list(_wnids(folder).values()),
-    )
+    images, notes = "imagenetv2-matched-frequency-format-val", []
+    classnames = list(_wnids(folder, notes).values())
     where = folder / images
     if not where.is_dir():
         raise InputError(f"the folder {where} is missing")
     found = scan(where, remember=True)
     for name in found:
-        if not name.isdigit() or int(name) >= len(classnames):
+        if not name.isdecimal() or int(name) >= len(classnames):
             raise InputError(
                 f"the folder {where / name} must be a label from 0 to"
                 f" {len(classnames) - 1}"
             )
-    test = _sized(
-        images, sorted((int(name), paths) for name, paths in found.items()), classnames
-    )
+    by_label = sorted((int(name), paths) for name, paths in found.items())
     return Listing(
         folder,
-        test=test,
+        test=_sized(images, by_label, classnames),
         classnames=classnames,
         source_rows=list(range(len(classnames))),
+        notes=notes,
     )
 
 
@@ -677,61 +730,74 @@ def _imagenetv2(folder, generator):
 
 TABLE = {
     "imagenet": Entry(
-        "ImageNet", "ImageNet", "imagenet", ("images",), (1000, 1_281_167, 50_000, 50_000), _imagenet,
+        "ImageNet", "ImageNet", "imagenet", ("images",),
+        (1000, 1_281_167, 50_000, 50_000), _imagenet,
         shifts=("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
     ),
     "caltech101": Entry(
-        "Caltech101", "Caltech101", "caltech-101", ("101_ObjectCategories",), (100, 4_128, 1_649, 2_465),
-        _by_folder("101_ObjectCategories", CALTECH), "101_ObjectCategories",
+        "Caltech101", "Caltech101", "caltech-101", ("101_ObjectCategories",),
+        (100, 4_128, 1_649, 2_465), _by_folder("101_ObjectCategories", CALTECH),
+        "101_ObjectCategories",
     ),
     "oxford_pets": Entry(
-        "OxfordPets", "OxfordPets", "oxford_pets", ("images", "annotations"), (37, 2_944, 736, 3_669), _pets, "images",
-        "a photo of a {}, a type of pet.", {"prograd": "a type of pet, a photo of a {}."},
+        "OxfordPets", "OxfordPets", "oxford_pets", ("images", "annotations"),
+        (37, 2_944, 736, 3_669), _pets, "images",
+        "a photo of a {}, a type of pet.",
     ),
     "stanford_cars": Entry(
-        "StanfordCars", "StanfordCars", "stanford_cars", ("cars_train", "cars_test"), (196, 6_509, 1_635, 8_041),
-        _cars, ".",
+        "StanfordCars", "StanfordCars", "stanford_cars", ("cars_train", "cars_test"),
+        (196, 6_509, 1_635, 8_041), _cars, ".",
     ),
     "oxford_flowers": Entry(
-        "Flowers102", "OxfordFlowers", "oxford_flowers", ("jpg",), (102, 4_093, 1_633, 2_463), _flowers, "jpg",
-        "a photo of a {}, a type of flower.", {"prograd": "a type of flower, a photo of a {}."},
+        "Flowers102", "OxfordFlowers", "oxford_flowers", ("jpg",),
+        (102, 4_093, 1_633, 2_463), _flowers, "jpg",
+        "a photo of a {}, a type of flower.",
     ),
     "food101": Entry(
-        "Food101", "Food101", "food-101", ("images",), (101, 50_500, 20_200, 30_300), _by_folder("images"), "images",
-        "a photo of {}, a type of food.", {"prograd": "a type of food, a photo of {}."},
+        "Food101", "Food101", "food-101", ("images",),
+        (101, 50_500, 20_200, 30_300), _by_folder("images"), "images",
+        "a photo of {}, a type of food.",
     ),
     "fgvc_aircraft": Entry(
-        "FGVCAircraft", "FGVCAircraft", "fgvc_aircraft", ("images", "variants.txt"), (100, 3_334, 3_333, 3_333),
-        _aircraft, None,
-        "a photo of a {}, a type of aircraft.", {"prograd": "a type of aircraft, a photo of a {}."},
+        "FGVCAircraft", "FGVCAircraft", "fgvc_aircraft", ("images", "variants.txt"),
+        (100, 3_334, 3_333, 3_333), _aircraft, None,
+        "a photo of a {}, a type of aircraft.",
     ),
     "sun397": Entry(
-        "SUN397", "SUN397", "sun397", ("SUN397",), (397, 15_880, 3_970, 19_850), _sun, "SUN397",
+        "SUN397", "SUN397", "sun397", ("SUN397",),
+        (397, 15_880, 3_970, 19_850), _sun, "SUN397",
     ),
     "dtd": Entry(
-        "DTD", "DescribableTextures", "dtd", ("images",), (47, 2_820, 1_128, 1_692), _by_folder("images"), "images",
-        "{} texture.", {"kgcoop": "a photo of a {}, a type of texture.", "prograd": "a texture of {}."},
+        "DTD", "DescribableTextures", "dtd", ("images",),
+        (47, 2_820, 1_128, 1_692), _by_folder("images"), "images",
+        "{} texture.",
     ),
     "eurosat": Entry(
-        "EuroSAT", "EuroSAT", "eurosat", ("2750",), (10, 13_500, 5_400, 8_100), _by_folder("2750", EUROSAT), "2750",
+        "EuroSAT", "EuroSAT", "eurosat", ("2750",),
+        (10, 13_500, 5_400, 8_100), _by_folder("2750", EUROSAT), "2750",
         "a centered satellite photo of {}.",
     ),
     "ucf101": Entry(
-        "UCF101", "UCF101", "ucf101", ("UCF-101-midframes",), (101, 7_639, 1_898, 3_783), _ucf, "UCF-101-midframes",
+        "UCF101", "UCF101", "ucf101", ("UCF-101-midframes",),
+        (101, 7_639, 1_898, 3_783), _ucf, "UCF-101-midframes",
         "a photo of a person doing {}.",
     ),
     "imagenetv2": Entry(
-        "ImageNetV2", "ImageNetV2", "imagenetv2", ("imagenetv2-matched-frequency-format-val",), (1000, 0, 0, 10_000),
-        _imagenetv2,
+        "ImageNetV2", "ImageNetV2", "imagenetv2",
+        ("imagenetv2-matched-frequency-format-val",),
+        (1000, 0, 0, 10_000), _imagenetv2,
     ),
     "imagenet_sketch": Entry(
-        "ImageNet-Sketch", "ImageNetSketch", "imagenet-sketch", ("images",), (1000, 0, 0, 50_889), _shift("images"),
+        "ImageNet-Sketch", "ImageNetSketch", "imagenet-sketch", ("images",),
+        (1000, 0, 0, 50_889), _shift("images"),
     ),
     "imagenet_a": Entry(
-        "ImageNet-A", "ImageNetA", "imagenet-adversarial", ("imagenet-a",), (200, 0, 0, 7_500), _shift("imagenet-a"),
+        "ImageNet-A", "ImageNetA", "imagenet-adversarial", ("imagenet-a",),
+        (200, 0, 0, 7_500), _shift("imagenet-a"),
     ),
     "imagenet_r": Entry(
-        "ImageNet-R", "ImageNetR", "imagenet-rendition", ("imagenet-r",), (200, 0, 0, 30_000), _shift("imagenet-r"),
+        "ImageNet-R", "ImageNetR", "imagenet-rendition", ("imagenet-r",),
+        (200, 0, 0, 30_000), _shift("imagenet-r"),
     ),
 }  # fmt: skip
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from promptkit.data.benchmark import PARTS, TABLE, data_root, read, remedy
-from promptkit.data.images import read_image, workers
+from promptkit.data.content import workers
+from promptkit.data.images import read_image
 from promptkit.errors import InputError
 
 
@@ -40,8 +41,8 @@ def check(name: str, root=None, images: bool = False) -> Report:
     """
     folder = str(data_root(root) / TABLE[name].folder)
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its notes say the same
             listing = read(name, root, keep=False)
     except InputError as error:
         missing = not (data_root(root) / TABLE[name].folder).is_dir()
@@ -58,9 +59,14 @@ def check(name: str, root=None, images: bool = False) -> Report:
     if bad:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
         return Report(name, folder, "damaged", listing.counts, bad[0] + more)
-    notes = "; ".join(str(warning.message) for warning in said)
-    state = "home-made" if "home-made" in notes else "differs" if notes else "ready"
-    return Report(name, folder, state, listing.counts, notes)
+    notes, split_file = list(listing.notes), TABLE[name].split_file
+    if listing.state == "ready" and split_file:
+        notes.append(
+            f"whether {split_file} is the published one cannot be told: CoOp's own code"
+            " writes one of this name with as many images where it is missing; if yours"
+            f" may be that, get it by 'promptkit data download {name} --force'"
+        )
+    return Report(name, folder, listing.state, listing.counts, "; ".join(notes))
 
 
 def _unreadable(listing, name):

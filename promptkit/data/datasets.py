@@ -1,16 +1,20 @@
-"""Datasets by name or path, few-shot samples, base and new classes."""
+"""Datasets by name or path: the mini world's, the benchmark's and one's own."""
 
-import math
+import hashlib
 import os
-import random
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from promptkit.data import benchmark, own, world
+from promptkit.data.names import descriptions_for, names_for, warn_of_codes
+from promptkit.data.render import SIZE
+from promptkit.data.samples import base_new, draw, few_shot, subset
+from promptkit.data.splits import Dataset, Split
 from promptkit.data.tasks import (
     ENSEMBLE,
     PLAIN,
@@ -21,115 +25,27 @@ from promptkit.data.tasks import (
     draw_options,
     facts,
 )
-from promptkit.errors import InputError, unknown
-from promptkit.files import cache_folder, write_atomically
+from promptkit.errors import unknown
+from promptkit.files import cache_folder, lock, write_atomically
+
+__all__ = [
+    "Dataset",
+    "Split",
+    "base_new",
+    "draw",
+    "few_shot",
+    "from_listing",
+    "list_datasets",
+    "load_dataset",
+    "stamped_labels",
+    "subset",
+]
 
 SPLITS = {
     "train": (1, 32),
     "val": (2, 8),
     "test": (100, 25),
 }  # name: (seed, images a class)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Labelled images.
-
-    Attributes:
-        labels: (N,) int64.
-        source: `source()` gives all images of the underlying data: (M, 3, H, W) uint8,
-            or Files that are read when they are indexed.
-        rows: (N,) int64, which of them are in this split.
-        key: names the underlying data, for caches of what is computed from it.
-    """
-
-    labels: torch.Tensor
-    source: object
-    rows: torch.Tensor
-    key: str
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def images(self, indices=None) -> torch.Tensor | list[torch.Tensor]:
-        """Images as (n, 3, H, W) uint8: those at `indices` of the split, or all.
-
-        Images of real datasets differ in size, so they are a list of n tensors (3, H,
-        W). They are read anew each time.
-        """
-        return self.source()[self.rows if indices is None else self.rows[indices]]
-
-    def take(self, indices, labels=None) -> "Split":
-        """The split of the items at `indices`, with other `labels` if given."""
-        indices = torch.as_tensor(indices, dtype=torch.long)
-        return replace(
-            self,
-            labels=self.labels[indices] if labels is None else labels,
-            rows=self.rows[indices],
-        )
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A classification task.
-
-    Attributes:
-        template: the hand-written prompt, "{}" for the class name; templates: an
-            ensemble of prompts.
-        train, val, test: splits; the shifted sets have a test split alone (train and
-            val are empty). ImageNet has no validation images of its own: its val is its
-            test.
-        facts: descriptive phrases by class name; empty if there are none.
-        shifts: names of its shifted versions.
-        source_rows: in a shifted version, which of the source's classes its own are;
-            None elsewhere.
-        variants: templates that single methods use instead, by the method's name.
-    """
-
-    name: str
-    title: str
-    classnames: list[str]
-    template: str
-    train: Split
-    val: Split
-    test: Split
-    templates: tuple = ENSEMBLE
-    facts: dict = field(default_factory=dict)
-    shifts: tuple[str, ...] = ()
-    source_rows: list[int] | None = None
-    variants: dict = field(default_factory=dict)
-    official: str = ""
-    world: str = "real"
-    pool: Split | None = None
-    pool_classnames: list = field(default_factory=list)
-
-    @property
-    def descriptions(self):
-        return self.facts
-
-    @property
-    def identity(self):
-        import hashlib
-
-        t = [self.classnames] + [
-            [s.key, s.rows.tolist(), s.labels.tolist()]
-            for s in (self.train, self.val, self.test)
-        ]
-        return hashlib.sha256(repr(t).encode()).hexdigest()
-
-    @property
-    def unlabelled(self):
-        s = self.pool or self.train
-        return replace(s, labels=torch.full_like(s.labels, -1))
-
-    def for_training(self):
-        return replace(
-            self,
-            test=self.test.take([]),
-            val=self.val.take([])
-            if self.val.key == self.test.key and self.val.key
-            else self.val,
-        )
 
 
 def list_datasets() -> list[str]:
@@ -147,67 +63,94 @@ def stamped_labels(split: Split) -> torch.Tensor:
     return (split.labels + 1 + split.rows % (classes - 1)) % classes
 
 
-def load_dataset(name: str, root=None) -> Dataset:
+def load_dataset(name, root=None, *, classnames=None, descriptions=None) -> Dataset:
     """A dataset by name, or one's own by its path.
 
     Args:
-        name: one of :func:`list_datasets`, or the path of a folder of class folders or
-            of a CSV file, see
-            :func:`promptkit.data.own.read`.
+        name: one of :func:`list_datasets`, or the path of a folder of class folders, of
+            a CSV file or of a split file, see :func:`promptkit.data.own.read`.
         root: folder of the real datasets; by default $PROMPTKIT_DATA, else ./data.
+        classnames: a file of other names for the classes, see
+            :func:`promptkit.data.names.names_for`.
+        descriptions: sentences for every class: a JSON file or a dict, see
+            :func:`promptkit.data.names.descriptions_for`.
 
     Raises:
-        InputError: unknown name (the message lists the nearest valid ones), or data
-            that is missing or damaged.
+        InputError: unknown name (the message lists the nearest valid ones), data that
+            is missing or damaged, or files that do not fit the classes.
     """
     name = os.fspath(name)
-    if name in benchmark.TABLE:
-        folder = benchmark.data_root(root).resolve() / benchmark.TABLE[name].folder
-        split = folder / (benchmark.TABLE[name].split_file or "")
-        changed = tuple(
-            path.stat().st_mtime_ns if path.exists() else 0 for path in (folder, split)
-        )
-        return _real(name, folder.parent, changed)
-    if name not in list_datasets() and own.is_path(name):
-        return _own(name)
-    return _mini(name)
+    mine = name not in list_datasets() and own.is_path(name)
+    dataset = _real(name, root) if name in benchmark.TABLE else _of(name, mine)
+    if classnames is not None:
+        dataset = _renamed(dataset, names_for(classnames, dataset.classnames))
+    if mine:
+        warn_of_codes(dataset.classnames, name)
+    if descriptions is not None:
+        described = descriptions_for(descriptions, dataset.classnames)
+        dataset = replace(dataset, descriptions=described)
+    return dataset
 
 
-@lru_cache(32)
-def _real(name, root, changed):
-    entry, listing = benchmark.TABLE[name], benchmark.read(name, root)
+def _of(name, mine):
+    return _own(name) if mine else _mini(name)
+
+
+def _renamed(dataset, names):
+    """The dataset with other names for its classes; what is said of them stays."""
+    said = {
+        new: dataset.descriptions[old]
+        for old, new in zip(dataset.classnames, names, strict=True)
+        if old in dataset.descriptions
+    }
+    return replace(dataset, classnames=names, descriptions=said)
+
+
+def _real(name, root):
+    entry = benchmark.TABLE[name]
+    folder = benchmark.data_root(root).resolve() / entry.folder
+    changed = tuple(
+        path.stat().st_mtime_ns if path.exists() else 0
+        for path in (folder, folder / (entry.split_file or ""))
+    )
     templates = (
         benchmark.ENSEMBLE
         if name == "imagenet"
         else (*benchmark.ENSEMBLE, entry.template)
     )
-    more = dict(
+    return from_listing(
+        name,
+        entry.title,
+        _listing(name, folder.parent, changed),
         template=entry.template,
         templates=templates,
         shifts=entry.shifts,
-        variants=entry.variants,
-        official=entry.loader,
     )
-    return from_listing(name, entry.title, listing, **more)
+
+
+@lru_cache(32)
+def _listing(name, root, changed):
+    return benchmark.read(name, root)
 
 
 def _own(path):
     name, listing = own.name_of(path), own.read(path)
-    name = f"my-{name}" if name in list_datasets() else name
-    return from_listing(name, name, listing, template=PLAIN)
+    place = str(Path(path).expanduser().absolute())
+    return from_listing(name, name, listing, template=PLAIN, path=place)
 
 
 def from_listing(name: str, title: str, listing: benchmark.Listing, **more) -> Dataset:
     """The dataset of images in files that have been listed and checked."""
 
+    # anew, as files may have changed since they were listed; the same for one list
+    files = {id(files): files.again() for files in listing.files.values()}
+
     def split(part):
-        files = listing.files[part]
+        mine = files[id(listing.files[part])]
         labels = torch.tensor(
             [item[1] for item in getattr(listing, part)], dtype=torch.long
         )
-        return Split(
-            labels, lambda: files, torch.arange(len(labels)), f"{name}-{files.identity}"
-        )
+        return Split(labels, lambda: mine, torch.arange(len(labels)))
 
     splits = {part: split(part) for part in benchmark.PARTS}
     return Dataset(
@@ -254,7 +197,7 @@ def _mini(name):
     )
     more = dict(
         templates=templates,
-        facts=facts(task),
+        descriptions=facts(task),
         shifts=shifts,
         source_rows=rows,
         world="mini",
@@ -273,9 +216,15 @@ def _drawn(
 
     @lru_cache(None)
     def source() -> torch.Tensor:
-        path = cache_folder("images") / f"{key}.npy"
-        if path.exists():
-            return torch.from_numpy(np.load(path))
+        path = cache_folder("images") / f"{key}-{SIZE}px.npy"
+        with lock(path):
+            images = _kept(path, (len(labels), 3, SIZE, SIZE))
+            if images is None:
+                images = draw_all()
+                write_atomically(path, lambda file: _keep(file, images))
+        return torch.from_numpy(images)
+
+    def draw_all():
         words = (
             [task.classnames[i] for i in stamped_labels(split)]
             if stamped
@@ -289,112 +238,32 @@ def _drawn(
             images.append(
                 world.draw(*task.classes[label], rng, word=word, **options)[0]
             )
-        images = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
-        write_atomically(path, lambda f: np.save(f, images))
-        return torch.from_numpy(images)
+        return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
 
     split = Split(labels, source, torch.arange(len(labels)), key)
     return split
 
 
-WORLD_VERSION = 2  # part of every cache key: raise it when a change of the world changes its pictures
+def _keep(file, images):
+    np.save(file, images)
+    file.write(hashlib.sha256(images).digest())
 
 
-def subset(dataset: Dataset, classes: list[int]) -> Dataset:
-    """The dataset with these classes alone, relabelled 0, 1, ... in the order given."""
-    new_label = torch.full((len(dataset.classnames),), -1)
-    new_label[torch.as_tensor(classes)] = torch.arange(len(classes))
-
-    def part(split):
-        labels = new_label[split.labels]
-        kept = (labels >= 0).nonzero().squeeze(1)
-        return split.take(kept, labels[kept])
-
-    return replace(
-        dataset,
-        classnames=[dataset.classnames[c] for c in classes],
-        source_rows=(
-            None
-            if dataset.source_rows is None
-            else [dataset.source_rows[c] for c in classes]
-        ),
-        train=part(dataset.train),
-        val=part(dataset.val),
-        test=part(dataset.test),
-    )
+def _kept(path, shape):
+    """The images of a file of the cache folder, or None; a damaged one is announced."""
+    if not path.exists():
+        return None
+    try:
+        with open(path, "rb") as file:
+            images = np.load(file)
+            fits = images.shape == shape and images.dtype == np.uint8
+            if fits and file.read() == hashlib.sha256(images).digest():
+                return images
+    except Exception:  # numpy raises a dozen kinds for a damaged file
+        pass
+    warnings.warn(f"damaged cache {path}: drawing its images again", stacklevel=4)
+    return None
 
 
-def base_new(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """Base classes, the first ceil(n/2) labels, and new classes, the rest, each
-    relabelled from 0.
-
-    Raises:
-        InputError: fewer than two classes.
-    """
-    n = len(dataset.classnames)
-    if n < 2:
-        raise InputError(
-            f"base and new classes need at least 2 classes, {dataset.name!r} has {n}"
-        )
-    half = math.ceil(n / 2)
-    return subset(dataset, list(range(half))), subset(dataset, list(range(half, n)))
-
-
-def few_shot(dataset: Dataset, shots: int, seed: int) -> Dataset:
-    """The dataset with `shots` training images a class and min(shots, 4) validation
-    images a class; see :func:`draw`.
-
-    Args:
-        seed: of Python's generator, which does nothing else.
-
-    Raises:
-        InputError: shots below 1; a class without training images.
-
-    A warning says when no class has as many images: then all are taken.
-    """
-    if not isinstance(shots, int) or isinstance(shots, bool) or shots < 1:
-        raise InputError(f"shots must be a whole number of at least 1, not {shots!r}")
-    if len(dataset.train) == 0:
-        raise InputError(
-            f"{dataset.name!r} has no training images: it is made for testing alone"
-        )
-    counts = torch.bincount(dataset.train.labels, minlength=len(dataset.classnames))
-    fewest, most = int(counts.argmin()), int(counts.argmax())
-    if counts[fewest] == 0:
-        raise InputError(
-            f"class {dataset.classnames[fewest]!r} of {dataset.name!r} has no training"
-            " images"
-        )
-    if counts[most] < shots:
-        warnings.warn(
-            f"{shots} shots are more than {dataset.name!r} has: class"
-            f" {dataset.classnames[most]!r} has {int(counts[most])} training images and"
-            " no class has more, so all of them are taken",
-            stacklevel=2,
-        )
-    return draw(dataset, shots, random.Random(seed))
-
-
-def draw(dataset: Dataset, shots: int, generator: random.Random) -> Dataset:
-    """The draw of CoOp's code (Zhou et al. 2022), which all later papers share.
-
-    It goes class by class in order of first appearance, over all classes, before any
-    base/new selection, first for training and then for validation. A class with fewer
-    images gives all it has. Validation images that are the test set are left as they
-    are.
-    """
-
-    def sample(split, each):
-        by_label = {}
-        for row, label in enumerate(split.labels.tolist()):
-            by_label.setdefault(label, []).append(row)
-        drawn = (
-            rows if len(rows) < each else generator.sample(rows, each)
-            for rows in by_label.values()
-        )
-        return split.take([row for rows in drawn for row in rows])
-
-    train, val = sample(dataset.train, shots), dataset.val
-    if val.key != dataset.test.key:
-        val = sample(val, min(shots, 4))
-    return replace(dataset, train=train, val=val)
+# Part of every cache key: raise it when a change of the world changes its pictures.
+WORLD_VERSION = 2

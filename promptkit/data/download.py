@@ -11,20 +11,19 @@ import hashlib
 import os
 import re
 import shutil
-import stat
-import tarfile
-import zipfile
-import zlib
+import warnings
 from dataclasses import dataclass
 from errno import ENOSPC
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from filelock import Timeout
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.file_download import http_get
-from tqdm import tqdm
 
+from promptkit.data.archives import merge, need_space, no_space, unpack
 from promptkit.data.benchmark import TABLE, data_root, remedy
 from promptkit.errors import InputError, unknown
+from promptkit.files import lock
 
 HUB, REVISION = (
     "zhengli97/prompt_learning_dataset",
@@ -70,14 +69,12 @@ ORIGINS = {  # name: (address, MD5 where torchvision knows it)
     ],
     "eurosat": [
         (
-            "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
+            "https://huggingface.co/datasets/torchgeo/eurosat/resolve/"
+            "c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
             "c8fa014336c82ac7804f0398fcb19387",
         )
     ],
 }
-SKIPPED = re.compile(
-    r"(^|/)(__MACOSX|split_fewshot)/|(^|/)\.DS_Store$|\.pkl$"
-)  # pickles are of no use here: never read
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,9 @@ def download(name: str, root=None, source: str = "hub") -> Path:
     """Fetch a real dataset into its folder below a root; what has arrived stays when it
     is interrupted.
 
-    Files that are in the folder already stay there if they have the size of the new
-    ones.
+    Files of the same names are replaced, so that damaged ones are mended; others in the
+    folder stay. A split file that differs from the new one is kept with ".bak" after
+    its name. Where another process downloads the same, its end is waited for.
 
     Args:
         name: one of the benchmark's datasets or of ImageNet's shifts.
@@ -113,6 +111,25 @@ def download(name: str, root=None, source: str = "hub") -> Path:
     root = data_root(root)
     remotes = remotes_of(name, source)
     folder, work = root / TABLE[name].folder, root / ".downloads" / f"{name}-{source}"
+    there, turn = False, lock(folder)
+    try:
+        turn.acquire(timeout=0)
+    except Timeout:
+        warnings.warn(
+            f"another process downloads {TABLE[name].title}: waiting for it",
+            stacklevel=2,
+        )
+        turn.acquire()
+        there = all((folder / need).exists() for need in TABLE[name].needs)
+    try:
+        if not there:
+            _download(name, remotes, folder, work)
+    finally:
+        turn.release()
+    return folder
+
+
+def _download(name, remotes, folder, work):
     work.mkdir(parents=True, exist_ok=True)
     archives = [fetch(remote, work) for remote in remotes]
     unpacked = work / "unpacked"
@@ -120,18 +137,17 @@ def download(name: str, root=None, source: str = "hub") -> Path:
     try:
         for archive in archives:
             unpack(archive, unpacked)
-        for archive in list(
-            unpacked.glob("*/*.tar.gz")
-        ):  # Caltech101 comes as an archive of archives
+        # Caltech101 comes as an archive of archives
+        for archive in list(unpacked.glob("*/*.tar.gz")):
             unpack(archive, archive.parent)
             archive.unlink()
-        install(_find(unpacked, TABLE[name].needs, archives), folder)
+        found = _find(unpacked, TABLE[name].needs, archives)
+        install(found, folder, TABLE[name].split_file)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     shutil.rmtree(work)
     if not any(work.parent.iterdir()):
         work.parent.rmdir()
-    return folder
 
 
 def remotes_of(name: str, source: str = "hub") -> list[Remote]:
@@ -198,7 +214,7 @@ def fetch(remote: Remote, folder: Path) -> Path:
             )
     except Exception as error:
         if getattr(error, "errno", None) == ENOSPC:
-            raise _no_space(folder, remote.name) from None
+            raise no_space(folder, remote.name) from None
         raise InputError(
             f"cannot download {remote.name} from {remote.url.partition('?')[0]}"
             f" ({_first_line(error)}): check the connection and give the same command"
@@ -219,97 +235,8 @@ def fetch(remote: Remote, folder: Path) -> Path:
     return path
 
 
-def need_space(folder: Path, needed: int, what: str) -> None:
-    """InputError unless the disk of `folder` has `needed` bytes left."""
-    if shutil.disk_usage(folder).free < needed:
-        raise _no_space(folder, what, needed)
-
-
-def _no_space(folder, what, needed=None):
-    amount = "" if needed is None else f" {needed / 1e9:.2g} GB"
-    return InputError(
-        f"{what} needs{amount} more space in {folder.resolve()}: make room there, or"
-        " choose another --root"
-    )
-
-
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# --- unpacking ------------------------------------------------------------------------
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar file; pickles and what file managers leave are skipped.
-
-    Raises:
-        InputError: it is damaged (and then removed), does not fit the disk, or would
-            write or link outside `folder`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as opened:
-                members = [
-                    member
-                    for member in opened.infolist()
-                    if not SKIPPED.search(member.filename)
-                ]
-                for member in members:
-                    _refuse_unsafe(member, archive)
-                need_space(
-                    folder,
-                    sum(member.file_size for member in members),
-                    f"unpacking {archive.name}",
-                )
-                for member in _bar(members, archive):
-                    opened.extract(member, folder)
-        elif tarfile.is_tarfile(archive):
-            need_space(folder, archive.stat().st_size, f"unpacking {archive.name}")
-            with tarfile.open(archive) as opened:
-                for member in _bar(opened, archive):
-                    if not SKIPPED.search(member.name):
-                        opened.extract(member, folder, filter="data")
-        else:
-            raise zipfile.BadZipFile("it is neither a zip nor a tar file")
-    except tarfile.FilterError as error:
-        raise InputError(
-            f"unsafe archive {archive} ({error}): nothing of it was put in place, do"
-            " not use it"
-        ) from None
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        archive.unlink()
-        raise InputError(
-            f"damaged archive {archive.name} ({_first_line(error)}), removed: give the"
-            " same command again"
-        ) from None
-    except OSError as error:
-        raise (
-            _no_space(folder, f"unpacking {archive.name}")
-            if error.errno == ENOSPC
-            else error
-        ) from None
-
-
-def _bar(members, archive):
-    return tqdm(members, desc=f"unpacking {archive.name}", unit="file")
-
-
-def _refuse_unsafe(member, archive):
-    path = PurePosixPath(member.filename.replace("\\", "/"))
-    outside = path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
-    if outside or stat.S_ISLNK(member.external_attr >> 16):
-        what = "a path outside" if outside else "a link"
-        raise InputError(f"unsafe archive {archive} ({member.filename!r} is {what}): nothing of it was put in place, "
-                         "do not use it")  # fmt: skip
 
 
 def _find(unpacked, needs, archives):
@@ -334,14 +261,24 @@ def _find(unpacked, needs, archives):
     )
 
 
-def install(found: Path, folder: Path) -> None:
-    """Move a folder into place: whole, or file by file beside what is there already."""
-    if not folder.exists():
-        os.replace(found, folder)
-        return
-    for path in sorted(found.rglob("*")):
-        target = folder / path.relative_to(found)
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-        elif not target.exists() or target.stat().st_size != path.stat().st_size:
-            os.replace(path, target)
+def install(found: Path, folder: Path, split_file: str | None = None) -> None:
+    """Move a folder into place, file by file if it is there already: what is of the
+    same name is replaced, the rest stays.
+
+    Args:
+        split_file: the name of one that is kept beside the new one, with ".bak" after
+            its name, if the two differ.
+    """
+    old, new = folder / (split_file or ""), found / (split_file or "")
+    if split_file and old.is_file() and new.is_file():
+        if old.read_bytes() != new.read_bytes():
+            kept, n = old.with_name(f"{old.name}.bak"), 2
+            while kept.exists():
+                kept, n = old.with_name(f"{old.name}.bak{n}"), n + 1
+            shutil.copy2(old, kept)
+            warnings.warn(
+                f"{old} was not the one that was downloaded, and is replaced; it is"
+                f" kept as {kept.name}",
+                stacklevel=3,
+            )
+    merge(found, folder)

@@ -1,23 +1,43 @@
-"""One's own images: a folder of class folders, or a CSV file of paths and labels."""
+"""One's own images: a folder of class folders, a list of paths and labels, or a split
+file of the benchmark's form.
+"""
 
+import csv
+import io
+import os
 import random
 import re
 import warnings
 from pathlib import Path
 
-import pandas as pd
-
-from promptkit.data.benchmark import PARTS, Listing, cut_three, cut_two
-from promptkit.data.images import scan
+from promptkit.data.benchmark import (
+    PARTS,
+    TABLE,
+    Listing,
+    cut_three,
+    cut_two,
+    read_split,
+)
+from promptkit.data.folders import counts, inside, scan
+from promptkit.data.names import read_text, trimmed
+from promptkit.data.tasks import SHIFTS, TASKS, WORDS
 from promptkit.errors import InputError, unknown
 
-FOLDERS = {
+FOLDERS = {  # names of folders and entries of lists, in any capitalisation
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
+    "testing": "test",
 }
+LISTS = (".csv", ".tsv", ".json")
+BUILT_IN = (*TASKS, *SHIFTS, WORDS, *TABLE)
+EXPECTED = (
+    "expected is a folder a class with its images, or folders train, val and test that"
+    " hold these"
+)
 
 
 def is_path(name: str) -> bool:
@@ -26,38 +46,93 @@ def is_path(name: str) -> bool:
         "/" in name
         or "\\" in name
         or name.startswith((".", "~"))
-        or name.endswith(".csv")
+        or name.lower().endswith(LISTS)
         or Path(name).is_dir()
     )
 
 
 def name_of(path) -> str:
-    """What to call the data at a path, in tables and in names of files."""
+    """What to call the data at a path, in tables and in names of files: the path's last
+    part, with "my-" before it where that is a dataset's name already.
+    """
+    return _called(_parts(path)[-1:])
+
+
+def names_of(paths) -> list[str]:
+    """What to call the data at several paths: as much of each path, from its end, as it
+    takes to tell them apart, such as a_photos and b_photos. The same path twice has one
+    name.
+    """
+    places = [Path(path).expanduser().resolve() for path in paths]
+    parts, names = {place: _parts(place) for place in places}, {}
+    for place, mine in parts.items():
+        others = [other for other in parts.values() if other != mine]
+        for n in range(1, len(mine) + 1):
+            name = _called(mine[-n:])
+            if name not in [_called(other[-n:]) for other in others]:
+                break
+        start, n = name, 2
+        while name in names.values():  # /a/b, /a_b and /a/b.csv are called alike
+            name, n = f"{start}-{n}", n + 1
+        names[place] = name
+    return [names[place] for place in places]
+
+
+def _parts(path):
     path = Path(path).expanduser().resolve()
-    return re.sub(r"[^\w.-]+", "_", path.stem if path.suffix == ".csv" else path.name)
+    last = path.stem if path.suffix.lower() in LISTS else path.name
+    return [*path.parts[1:-1], last or "images"]
+
+
+def _called(parts):
+    name = "_".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
+    return f"my-{name}" if name in BUILT_IN else name
 
 
 def read(path) -> Listing:
-    """The images of a folder or a CSV file.
+    """The images of a folder or of a list.
 
     A folder holds a folder a class, or folders train, val and test that do; classes are
     the folders' names, in sorted order. A CSV file has the columns path (from its own
-    folder), label (the class name) and, if one likes, split (train, val or test). What
-    has no division at all is cut 50/20/30 % a class by a generator of seed 1; where
-    only validation images are missing, 20 % of each class for training are set apart. A
-    warning says which.
+    folder), label (the class name) and, if one likes, split (train, val or test). A
+    split file is the benchmark's, ``{"train": [[path, label, class name], ...],
+    "val": ..., "test": ...}``, and is found in a folder as ``split_zhou_NAME.json``.
+    What has no division at all is cut 50/20/30 % a class by a generator of seed 1;
+    where only validation images are missing, 20 % of each class for training are set
+    apart. A warning says which.
 
     Raises:
-        InputError: nothing is there, a class is empty or too small, a label is unknown,
-            or an image is missing.
+        InputError: nothing is there, the layout is none of these, there is one class
+            only, a class is empty or too small, a label is unknown, or an image is
+            missing.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        folder, items = path, _read_folder(path)
-    elif path.suffix == ".csv" and path.exists():
-        folder, items = path.parent, _read_csv(path)
+        listing = _read_folder(path)
+    elif path.suffix.lower() == ".json" and path.is_file():
+        listing = _read_split(path)
+    elif path.suffix.lower() in LISTS and path.is_file():
+        listing = _labelled(path.parent, _read_list(path), path)
+    elif path.exists():
+        raise InputError(f"{path} is neither a folder nor a CSV file: {EXPECTED}")
     else:
         raise InputError(f"there is no folder or CSV file {path}")
+    listing.turn = True
+    listing.check(name_of(path))
+    return _several(listing, path)
+
+
+def _several(listing, path):
+    if len(listing.classnames) < 2:
+        raise InputError(
+            f"{path} has one class only, {listing.classnames[0]!r}, so there is nothing"
+            f" to tell apart: {EXPECTED}"
+        )
+    return listing
+
+
+def _labelled(folder, items, path):
+    """The Listing of (path, class name) pairs by split, divided where they are not."""
     names = sorted({name for part in PARTS for _, name in items[part]})
     if items["train"]:
         trained = {name for _, name in items["train"]}
@@ -77,8 +152,8 @@ def read(path) -> Listing:
         },
     )
     listing.classnames = names
-    _cut(listing, path)
-    return listing.check(name_of(path))
+    _cut(_several(listing, path), path)
+    return listing
 
 
 def _cut(listing, path):
@@ -108,59 +183,271 @@ def _cut(listing, path):
         )
     else:
         return
-    warnings.warn(f"{path}: {done}, with seed 1", stacklevel=4)
+    warnings.warn(f"{path}: {done}, with seed 1", stacklevel=6)
+
+
+# --- folders --------------------------------------------------------------------------
 
 
 def _read_folder(path):
-    """{split: [(path of an image, class name)]}"""
-    inside = {
-        entry.name
-        for entry in path.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
-    }
-    divided = inside and (
-        inside <= set(FOLDERS) or len(inside & set(FOLDERS)) > 1
-    )  # "train" may be a class
+    top = _unwrapped(path)
+    split = _split_file(top)
+    if split is not None:
+        return _read_split(split)
+    folders, images = inside(top)
+    for at in {path, top}:
+        lists = [e.name for e in os.scandir(at) if e.name.lower().endswith(LISTS[:2])]
+        if unread := sorted(filter(counts, lists)):
+            advice = f"{unread[0]} in {at} is not read; to use it, give its own path"
+            if not folders:
+                raise InputError(f"{top} holds no class folders, and {advice}")
+            warnings.warn(advice, stacklevel=5)
+    if not folders:
+        what = f"{len(images)} images, all of" if images else "no class folders with"
+        raise InputError(
+            f"{top} holds {what} {'one class' if images else 'images'}: {EXPECTED}"
+        )
+    _say_loose(top, images)
     items = {part: [] for part in PARTS}
-    for folder in sorted(inside & set(FOLDERS)) if divided else [""]:
-        for name, paths in scan(path / folder).items():
+    for at, part in _divided(top, folders).items():
+        for name, paths in scan(top / at).items():
             if not paths:
                 raise InputError(
-                    f"the class folder {path / folder / name} holds no images: fill or"
+                    f"the class folder {top / at / name} holds no images: fill or"
                     " remove it"
                 )
-            part = FOLDERS[folder] if divided else "train"
-            items[part] += [
-                (f"{folder}/{image}" if divided else image, name) for image in paths
-            ]
+            start = f"{at}/" if at else ""
+            items[part] += [(f"{start}{image}", trimmed(name)) for image in paths]
     if not any(items.values()):
-        raise InputError(f"{path} holds no class folders with images")
-    return items
+        raise InputError(f"{top} holds no class folders with images: {EXPECTED}")
+    return _labelled(top, items, path)
 
 
-def _read_csv(path):
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"damaged CSV file {path} ({error})") from None
-    missing = [column for column in ("path", "label") if column not in table]
+def _say_loose(folder, images):
+    if images:
+        warnings.warn(
+            f"{folder}: {len(images)} images lie beside the class folders, such as"
+            f" {images[0]}, and are left out",
+            stacklevel=5,
+        )
+
+
+def _unwrapped(folder, divided=False):
+    """The first folder down a path of folders that hold nothing else, as archives leave
+    them; not past one that is a split, unless it lies in one.
+    """
+    for _ in range(20):
+        folders, images = inside(folder)
+        only = folder / folders[0] if len(folders) == 1 and not images else None
+        if only is None or _split_file(folder) is not None:
+            return folder
+        below, direct = inside(only)
+        wraps = below and not direct or _split_file(only) is not None
+        split = _part(only.name) and not _are_parts(below) and not divided
+        if not wraps or split:
+            return folder
+        folder = only
+    raise InputError(f"{folder} lies too deep: {EXPECTED}")
+
+
+def _part(name):
+    return FOLDERS.get(name.strip().lower())
+
+
+def _are_parts(names):
+    return all(map(_part, names))
+
+
+def _divided(top, folders):
+    """{folder of class folders: split}: {"": "train"} if there are no splits.
+
+    Raises:
+        InputError: some folders look like splits and others like classes.
+    """
+    kinds = {name: inside(top / name) for name in folders}
+    parts = {name: _part(name) for name in folders if _part(name)}
+    whole = [n for n, (below, images) in kinds.items() if below and not images]
+    if not parts:
+        for name in whole:
+            below = kinds[name][0]
+            if _are_parts(below):
+                raise InputError(
+                    f"{top} holds class folders with splits in them, such as"
+                    f" {name}/{below[0]}: {EXPECTED}"
+                )
+        return {"": "train"}
+    others = [n for n in folders if n not in parts and any(kinds[n])]
+    flat = [name for name, (below, images) in kinds.items() if images and not below]
+    flat = [name for name in flat if name in parts]
+    if others and not parts.keys() & whole and len(parts) == 1:
+        return {"": "train"}  # "train" may be a class, beside buses
+    if others:
+        raise InputError(
+            f"{top} holds both splits ({', '.join(parts)}) and other folders with"
+            f" images ({', '.join(others[:3])}): {EXPECTED}"
+        )
+    if flat:
+        raise InputError(
+            f"{top / flat[0]} holds {len(kinds[flat[0]][1])} images that are in no"
+            f" class folder: {EXPECTED}"
+        )
+    found = {}
+    for name, part in parts.items():
+        _say_loose(top / name, kinds[name][1])
+        if part in found:
+            raise InputError(
+                f"{top} holds two folders for {part}, {found[part]} and {name}: join"
+                " them"
+            )
+        found[part] = name
+    ordered = {found[part]: part for part in PARTS if part in found}
+    return {
+        _unwrapped(top / name, True).relative_to(top).as_posix(): part
+        for name, part in ordered.items()
+    }
+
+
+# --- lists ----------------------------------------------------------------------------
+
+
+def _split_file(folder):
+    """The path of the field's own split file in a folder, None if there is none."""
+    found = sorted(path for path in folder.glob("split_zhou_*.json") if path.is_file())
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise InputError(
+            f"{folder} holds several split files ({names}): give one's path"
+        )
+    return found[0] if found else None
+
+
+def _read_split(path):
+    """The Listing of a split file, whose paths start at its folder or one in it."""
+    listing, _ = read_split(path, ".")
+    firsts = [getattr(listing, part)[:1] for part in PARTS]
+    firsts = [image for ((image, *_),) in filter(None, firsts)]
+    if not firsts:
+        raise InputError(f"{path} lists no images")
+    folders = inside(path.parent)[0]
+    for folder in sorted(
+        ["", *folders], key=lambda name: (name != "", name != "images")
+    ):
+        if all((path.parent / folder / image).is_file() for image in firsts):
+            break
+    else:
+        raise InputError(
+            f"{path}: the image {firsts[0]} is neither in its folder nor in one of"
+            f" {', '.join(folders) or 'those beside it, as there are none'}"
+        )
+    start = f"{folder}/" if folder else ""
+    for part in PARTS:
+        items = [(start + image, y, name) for image, y, name in getattr(listing, part)]
+        setattr(listing, part, items)
+    return listing
+
+
+def _read_list(path):
+    """{split: [(path of an image, class name)]} of a CSV file."""
+    head, rows = _table(path)
+    missing = [column for column in ("path", "label") if column not in head]
     if missing:
         raise InputError(
-            f"{path} has no column {missing[0]!r}: it needs path and label, and may"
-            " have split"
+            f"{path} has no column {missing[0]!r}, but {', '.join(head) or 'none'}: it"
+            " needs path and label, and may have split"
         )
-    items = {part: [] for part in PARTS}
-    parts = table["split"] if "split" in table else ["train"] * len(table)
-    for n, (image, name, part) in enumerate(
-        zip(table["path"], table["label"], parts, strict=True)
-    ):
-        if not image or not name.strip():
+    at = {column: head.index(column) for column in ("path", "label")}
+    split = head.index("split") if "split" in head else None
+    if split is not None and not any(row[split] for _, row in rows):
+        split = None
+    items, seen, left, again = {part: [] for part in PARTS}, {}, [], []
+    for n, row in rows:
+        image, name = row[at["path"]], row[at["label"]]
+        if not image or not name:
             raise InputError(
-                f"{path}: line {n + 2} has no {'path' if not image else 'label'}"
+                f"{path}: line {n} has no {'path' if not image else 'label'}"
             )
-        if part not in PARTS:
-            raise unknown(f"split in line {n + 2} of {path}", part, PARTS)
+        part = "train" if split is None else _part(row[split])
+        if part is None:
+            if not row[split]:
+                raise InputError(f"{path}: line {n} has no split")
+            raise unknown(f"split in line {n} of {path}", row[split], PARTS)
+        image = _image_path(image, path.parent)
+        if _left_behind(image):
+            left.append(image)
+            continue
+        first, *said = seen.setdefault(os.path.normpath(image), (n, name, part))
+        if said != [name, part]:
+            raise InputError(
+                f"{path}: lines {first} and {n} say different things of {image}"
+            )
+        if first != n:  # an image might be trained and tested on
+            again.append(image)
+            continue
         items[part].append((image, name))
-    if not len(table):
+    for images, what in ((left, "what programs leave"), (again, "an image again")):
+        if images:
+            warnings.warn(
+                f"{path}: {len(images)} of {len(rows)} lines list {what}, such as"
+                f" {images[0]}, and are left out",
+                stacklevel=5,
+            )
+    if not any(items.values()):
         raise InputError(f"{path} lists no images")
     return items
+
+
+def _table(path):
+    """The columns' names in lower case, and (line, fields) of each row, trimmed."""
+    lines = read_text(path).split("\n")
+    if not any(map(trimmed, lines)):
+        raise InputError(f"the CSV file {path} is empty")
+    mark = None
+    start = next(n for n, line in enumerate(lines) if trimmed(line))
+    if said := re.fullmatch(r'"?sep=(.)"?', trimmed(lines[start])):  # as Excel says it
+        mark, start = said[1], start + 1
+    head = next(filter(trimmed, lines[start:]), "")
+    mark = mark or max(",;\t|", key=head.count)
+    reader = csv.reader(
+        io.StringIO("\n".join(lines[start:])),
+        delimiter=mark,
+        skipinitialspace=True,
+        strict=True,
+    )
+    rows = []
+    try:
+        for row in reader:
+            row = list(map(trimmed, row))
+            if any(row):
+                rows.append((start + reader.line_num, row))
+    except csv.Error as error:
+        raise InputError(
+            f"damaged CSV file {path} (line {start + reader.line_num}: {error})"
+        ) from None
+    if not rows:
+        raise InputError(f"the CSV file {path} is empty")
+    head = [name.lower() for name in rows.pop(0)[1]]
+    twice = [name for name in head if name and head.count(name) > 1]
+    if twice:
+        raise InputError(f"{path} has two columns {twice[0]!r}")
+    for n, row in rows:
+        row += [""] * (len(head) - len(row))
+        if any(row[len(head) :]):
+            raise InputError(
+                f"{path}: line {n} has {len(row)} fields, the first line {len(head)}: a"
+                f" field that holds {mark!r} must stand in quotes"
+            )
+    return head, rows
+
+
+def _image_path(text, folder):
+    """A path as it is written on any system, with forward slashes."""
+    if "\\" in text and not (folder / text).exists():
+        text = text.replace("\\", "/")
+    return os.path.expanduser(text)
+
+
+def _left_behind(image):
+    *folders, name = image.split("/")
+    return name.startswith("._") or bool(
+        {"__MACOSX", ".ipynb_checkpoints"} & {*folders}
+    )

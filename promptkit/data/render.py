@@ -18,10 +18,19 @@ CANVAS = 3 * SIZE  # pixels a side while drawing
 VARIANTS = 24  # ready-made masks a pattern
 
 COLORS = {
-    "red": (217, 38, 38), "orange": (242, 140, 26), "yellow": (242, 217, 38), "green": (38, 166, 51),
-    "teal": (26, 166, 166), "blue": (38, 77, 217), "purple": (128, 51, 179), "pink": (242, 140, 179),
-    "brown": (122, 77, 38), "black": (26, 26, 26), "white": (245, 245, 245), "gray": (133, 133, 133),
-}  # fmt: skip
+    "red": (217, 38, 38),
+    "orange": (242, 140, 26),
+    "yellow": (242, 217, 38),
+    "green": (38, 166, 51),
+    "teal": (26, 166, 166),
+    "blue": (38, 77, 217),
+    "purple": (128, 51, 179),
+    "pink": (242, 140, 179),
+    "brown": (122, 77, 38),
+    "black": (26, 26, 26),
+    "white": (245, 245, 245),
+    "gray": (133, 133, 133),
+}
 DARK, LIGHT, METAL = (30, 30, 34), (240, 240, 236), (150, 152, 160)
 
 
@@ -113,8 +122,10 @@ def _pattern(name: str, u, v, rng) -> np.ndarray:
     return np.zeros_like(u, bool)  # plain
 
 
-PATTERNS = ("plain", "striped", "dotted", "checkered", "zigzag", "faded", "ringed", "speckled", "grid", "wavy",
-            "blotchy", "rayed", "scaly", "bricked", "hatched")  # fmt: skip
+PATTERNS = (
+    "plain", "striped", "dotted", "checkered", "zigzag", "faded", "ringed", "speckled",
+    "grid", "wavy", "blotchy", "rayed", "scaly", "bricked", "hatched",
+)  # fmt: skip
 TEXTURES = PATTERNS[1:] + ("starry", "marbled", "crossed", "cracked", "bubbly", "plain")
 
 

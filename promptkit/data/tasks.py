@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from promptkit.data.world import BRANDS, FAMILIES
 
 PLAIN = "a photo of a {}."
-ENSEMBLE = (PLAIN, "itap of a {}.", "a bad photo of the {}.", "a photo of the large {}.", "a photo of the small {}.",
-            "a close-up photo of a {}.", "a {}.")  # fmt: skip
+ENSEMBLE = (
+    PLAIN,
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a photo of the large {}.",
+    "a photo of the small {}.",
+    "a close-up photo of a {}.",
+    "a {}.",
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,13 @@ def _of(family, labels):
 
 
 _CARS = range(len(BRANDS) * 5)
-_MIX = [_of("pet", range(20, 30)), _of("flower", range(24, 32)), _of("dish", range(20, 28)),
-        _of("car", [i for i in _CARS if i % 5 == 4]), _of("thing", range(2, 34, 4))]  # fmt: skip
+_MIX = [
+    _of("pet", range(20, 30)),
+    _of("flower", range(24, 32)),
+    _of("dish", range(20, 28)),
+    _of("car", [i for i in _CARS if i % 5 == 4]),
+    _of("thing", range(2, 34, 4)),
+]
 _MAIN = tuple(
     c for half in (0, 1) for group in _MIX for c in group[half::2]
 )  # both halves hold every family
@@ -42,13 +54,18 @@ TASKS = {
         Task("pets", "Pets", "a photo of a {}, a type of pet.", _of("pet", range(20))),
         Task("cars", "Cars", "a photo of a {}, a type of car.",
              _of("car", [i for k in (0, 1, 2, 3) for i in _CARS if i % 5 == k])),
-        Task("flowers", "Flowers", "a photo of a {}, a type of flower.", _of("flower", range(24))),
+        Task("flowers", "Flowers", "a photo of a {}, a type of flower.",
+             _of("flower", range(24))),
         Task("food", "Food", "a photo of {}, a type of food.", _of("dish", range(20))),
-        Task("planes", "Planes", "a photo of a {}, a type of aircraft.", _of("plane", range(20))),
+        Task("planes", "Planes", "a photo of a {}, a type of aircraft.",
+             _of("plane", range(20))),
         Task("scenes", "Scenes", "a photo of a {} scene.", _of("scene", range(16))),
-        Task("textures", "Textures", "a photo of a {} texture.", _of("texture", range(20))),
-        Task("sat", "Satellite", "a satellite photo of {}.", _of("satellite", range(10))),
-        Task("actions", "Actions", "a photo of a person {}.", _of("action", range(20))),
+        Task("textures", "Textures", "a photo of a {} texture.",
+             _of("texture", range(20))),
+        Task("sat", "Satellite", "a satellite photo of {}.",
+             _of("satellite", range(10))),
+        Task("actions", "Actions", "a photo of a person {}.",
+             _of("action", range(20))),
     )
 }  # fmt: skip
 MINI_TASKS = tuple(TASKS)
@@ -67,9 +84,9 @@ SHIFTS = {
     "mini-r": ("Mini-R (renditions)", dict(style="print")),
 }
 
-WORDS = (  # the objects with another object's name on a plate: what an image tower that reads falls for
-    "objects-words"
-)
+# The objects with another object's name on a plate: what an image tower that reads
+# falls for.
+WORDS = "objects-words"
 
 
 def draw_options(task: str) -> dict:

@@ -9,7 +9,8 @@ ICML 2021; arXiv 2103.00020. The templates are those of the prompt-learning benc
 from promptkit.clip import zero_shot_features
 from promptkit.errors import expect
 from promptkit.method import Method, register
-from promptkit.recipe import Recipe
+from promptkit.published import Published
+from promptkit.recipe import PROTOCOLS, Recipe
 
 PLAIN = "a photo of a {}."
 
@@ -18,8 +19,8 @@ PLAIN = "a photo of a {}."
 class CLIP(Method):
     r"""Score an image x by its cosine with a sentence about each class.
 
-    .. math::
-        p(y = c \mid x) \propto \exp(s \cos(f(x), w_c)), \qquad w_c = g(\text{"a photo of a [class c]."})
+    .. math:: p(y = c \mid x) \propto \exp(s \cos(f(x), w_c)), \qquad
+       w_c = g(\text{"a photo of a [class c]."})
 
     An ensemble of templates is one class feature too: the mean of the normalised
     features, normalised again.
@@ -28,8 +29,8 @@ class CLIP(Method):
         clip: the frozen backbone.
         classnames: the C class names.
         template: a sentence with "{}" in place of the class name, or several of them
-            for an ensemble. None:
-            that of the dataset it is aimed at, "a photo of a {}." before.
+            for an ensemble. None: that of the dataset it is aimed at, "a photo of a
+            {}." before.
 
     Raises:
         InputError: there is no template, or one lacks "{}".
@@ -45,8 +46,18 @@ class CLIP(Method):
     from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "template": "template",
+        "templates": "template",
         "dataset": None,
         "ensemble_templates": None,
+    }
+    published = {
+        protocol: Published(
+            ("RN50", "RN101", "ViT-B-32", "ViT-B-16", "ViT-L-14"),
+            (),
+            "CoOp: `trainers/zsclip.py`, `scripts/coop/zeroshot.sh`",
+            "One template a dataset.",
+        )
+        for protocol in PROTOCOLS
     }
 
     def __init__(self, clip, classnames, *, template: str | list[str] | None = None):

@@ -3,18 +3,19 @@
 Conditional Prompt Learning for Vision-Language Models; Zhou et al., CVPR 2022; arXiv
 2203.05557.
 
-Deviations: context and Meta-Net are kept in float32, where the paper's runs use half
-precision; the classes of all images go through the text tower together, where the
-published code takes one image at a time.
+Deviations: everything is float32 by default, where the paper's runs keep CLIP's
+weights, context and Meta-Net in half precision; the classes of all images go through
+the text tower together, where the published code takes one image at a time.
 """
 
 import torch.nn.functional as F
 from torch import nn
 
-from promptkit.errors import expect
 from promptkit.method import Method, register
+from promptkit.methods.coop import check_words, words_first
 from promptkit.prompts import Context
-from promptkit.recipe import Recipe
+from promptkit.published import Published
+from promptkit.recipe import PROTOCOLS, Recipe
 
 
 class MetaNet(nn.Module):
@@ -36,8 +37,10 @@ class CoCoOp(Method):
     r"""CoOp's context, plus one vector that a small network makes from the image, added
     to every token of it.
 
-    .. math:: v_m(x) = v_m + \pi(x), \quad \pi(x) = W_2\,\mathrm{ReLU}(W_1 \bar f(x) + b_1) + b_2, \qquad
-       p(y = c \mid x) \propto \exp(s \cos(f(x), g([v_1(x)] \dots [v_M(x)]\,[\mathrm{class}_c]\,.)))
+    .. math:: v_m(x) = v_m + \pi(x), \quad
+       \pi(x) = W_2\,\mathrm{ReLU}(W_1 \bar f(x) + b_1) + b_2, \qquad
+       p(y = c \mid x) \propto
+       \exp(s \cos(f(x), g([v_1(x)] \dots [v_M(x)]\,[\mathrm{class}_c]\,.)))
 
     with the normalised image feature :math:`\bar f(x)`. Every image has class features
     of its own, so B images and C classes are B x C prompts; those of one image share
@@ -46,7 +49,7 @@ class CoCoOp(Method):
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        n_ctx: M, the number of vectors; with ``init`` it is the number of words there.
+        n_ctx: M, the number of vectors. None: 4, or the number of words in ``init``.
         init: words whose embeddings the vectors start from; empty: normal, std 0.02.
 
     Raises:
@@ -60,13 +63,37 @@ class CoCoOp(Method):
     paper = "2203.05557"
     kind = "conditional prompt"
     conditional = True
-    official_hyperparameters = {"N_CTX": "n_ctx", "CTX_INIT": "init"}
+    official_hyperparameters = {
+        "N_CTX": "n_ctx",
+        "CTX_INIT": "init",
+        "PREC": None,  # the backbone's: load_clip(precision=...)
+    }
+    published = {
+        protocol: Published(
+            ("ViT-B-16",),
+            (16,),
+            "CoOp: `configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml`",
+            "The same 10 epochs of single images.",
+            extrapolation=protocol == "few-shot",
+        )
+        for protocol in PROTOCOLS
+    }
 
-    def __init__(self, clip, classnames, *, n_ctx: int = 4, init: str = "a photo of a"):
+    def __init__(
+        self,
+        clip,
+        classnames,
+        *,
+        n_ctx: int | None = None,
+        init: str = "a photo of a",
+    ):
         super().__init__(clip, classnames)
-        expect(n_ctx >= 1, "n_ctx", n_ctx, "at least 1")
+        check_words(n_ctx, init)
         self.context = Context(
-            clip, self.classnames, length=None if init else n_ctx, words=init or None
+            clip,
+            self.classnames,
+            length=n_ctx or (None if init else 4),
+            words=init or None,
         )
         self.meta_net = MetaNet(clip.embed_dim, clip.width)
 
@@ -93,8 +120,11 @@ class CoCoOp(Method):
         }
 
     @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; initial words set the length, where there are any."""
+        return words_first(super().official_hparams(hyperparameters))
+
+    @classmethod
     def recipe(cls, setting):
         """The paper's, the same for all protocols: batches of one image."""
-        return Recipe(
-            hparams={"n_ctx": 4, "init": "a photo of a"}, epochs=10, batch_size=1
-        )
+        return Recipe(hparams={"init": "a photo of a"}, epochs=10, batch_size=1)

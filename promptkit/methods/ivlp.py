@@ -6,7 +6,8 @@ al., ICCV 2023; arXiv 2307.06948; also the uncoupled variant of MaPLe (arXiv
 2210.03117). Without prompts in one of the towers it is deep language or deep vision
 prompting.
 
-Deviations: prompts are kept in float32, where the papers' runs use half precision.
+Deviations: everything is float32 by default, where the papers' runs keep CLIP's weights
+and the context in half precision (the other prompts in float32).
 """
 
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 
 from promptkit.errors import expect
 from promptkit.method import Method, register
-from promptkit.methods.maple import overwriting_context
-from promptkit.prompts import deep_prompts
+from promptkit.methods.maple import overwritten
+from promptkit.prompts import deep_prompts, overwriting_context
+from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
 from promptkit.towers import Replace
 
@@ -32,14 +34,13 @@ class IVLP(Method):
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        n_ctx, n_ctx_vision: n_t and n_v, tokens a block.
+        n_ctx, n_ctx_vision: n_t and n_v, tokens a block; None: 4.
         depth, depth_vision: J_t and J_v, blocks with prompts; None: three quarters of
-            the text tower's, 9 of
-            12. 0: none in that tower; without text prompts the classes are CLIP's "a
-                photo of a {}.".
+            the text tower's, 9 of 12. 0: none in that tower; without text prompts the
+            classes are CLIP's "a photo of a {}.".
         init: the words of the prompt. Their first n_t tokens learn and the others stay
-            as they are; empty, or with more than 4 tokens: normal, std 0.02, and no
-            other words.
+            as they are; empty: normal, std 0.02, and no other words. None: "a photo of
+            a", or with more than 4 tokens no words.
 
     Raises:
         InputError: a hyperparameter or a class name does not fit, or the whole is too
@@ -58,22 +59,52 @@ class IVLP(Method):
         "prompt_depth_text": "depth",
         "prompt_depth_vision": "depth_vision",
         "ctx_init": "init",
-        "loss": None,
+        "N_CTX_TEXT": "n_ctx",
+        "N_CTX_VISION": "n_ctx_vision",
+        "PROMPT_DEPTH_TEXT": "depth",
+        "PROMPT_DEPTH_VISION": "depth_vision",
+        "CTX_INIT": "init",
+        "loss": None,  # described, never chosen: cross-entropy
+        "PREC": None,  # the backbone's: load_clip(precision=...)
     }
+    published = {
+        "base-to-new": Published(
+            ("ViT-B-16",),
+            (16,),
+            "PromptSRC: `configs/trainers/IVLP/vit_b16_c2_ep20_batch4_4+4ctx.yaml`",
+            "PromptSRC's IVLP. The MaPLe paper's is another: 2+2 tokens, depth 12, rate"
+            " 0.0035, 5 epochs; its deep language prompts are 4 tokens and its deep"
+            " vision prompts 8, both of depth 12, rate 0.0025, 5 epochs.",
+        ),
+        "few-shot": Published(
+            ("ViT-B-16",),
+            (1, 2, 4, 8, 16),
+            "PromptSRC: `vit_b16_c2_ep50_batch4_4+4ctx_few_shot.yaml`",
+            "PromptSRC's 50 epochs without its regularisers.",
+            extrapolation=True,
+        ),
+    } | transfer(
+        Published(
+            ("ViT-B-16",),
+            (16,),
+            "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx_cross_datasets.yaml`",
+            "PromptSRC's depth 3 without its regularisers.",
+            extrapolation=True,
+        )
+    )
 
     def __init__(
         self,
         clip,
         classnames,
         *,
-        n_ctx: int = 4,
-        n_ctx_vision: int = 4,
+        n_ctx: int | None = None,
+        n_ctx_vision: int | None = None,
         depth: int | None = None,
         depth_vision: int | None = None,
-        init: str = "a photo of a",
+        init: str | None = None,
     ):
         super().__init__(clip, classnames)
-        expect(n_ctx_vision >= 1, "n_ctx_vision", n_ctx_vision, "at least 1")
         text, vision = deep_prompts(clip, depth), deep_prompts(clip, depth_vision)
         expect(
             text + vision > 0,
@@ -81,6 +112,12 @@ class IVLP(Method):
             depth,
             "above 0 where depth_vision is 0: something has to learn",
         )
+        idle = {"n_ctx": n_ctx, "init": init} if not text else {}
+        idle |= {"n_ctx_vision": n_ctx_vision} if not vision else {}
+        for name, value in idle.items():
+            expect(value is None, name, value, "left out: its tower has no prompts")
+        n_ctx, n_ctx_vision = (4 if n is None else n for n in (n_ctx, n_ctx_vision))
+        expect(n_ctx_vision >= 1, "n_ctx_vision", n_ctx_vision, "at least 1")
         self.context = (
             overwriting_context(clip, self.classnames, n_ctx, init) if text else None
         )
@@ -117,6 +154,27 @@ class IVLP(Method):
                 )
                 names[f"{tower}_encoder.{block}"] = f"{ours}.{n}"
         return names
+
+    @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; no tokens in a tower are no prompts there. Options of the
+        image tower alone are those of deep vision prompting (MaPLe's VPT trainer),
+        whose classes are frozen.
+        """
+        ours = overwritten(super().official_hparams(hyperparameters))
+        if {"depth_vision", "n_ctx_vision"} & set(ours) and not {
+            "depth",
+            "n_ctx",
+        } & set(ours):
+            ours["depth"] = 0
+        for depth, others in (
+            ("depth", ("n_ctx", "init")),
+            ("depth_vision", ("n_ctx_vision",)),
+        ):
+            if ours.get(depth) == 0 or ours.get(others[0]) == 0:
+                ours[depth] = 0
+                ours = {k: v for k, v in ours.items() if k not in others}
+        return ours
 
     @classmethod
     def recipe(cls, setting):

@@ -3,7 +3,8 @@
 Visual-Language Prompt Tuning with Knowledge-guided Context Optimization; Yao et al.,
 CVPR 2023; arXiv 2303.13283.
 
-Deviations: none from the published code. The paper writes the penalty as a squared
+Deviations: everything is float32 by default, where the published runs keep CLIP's
+weights and the context in half precision. The paper writes the penalty as a squared
 distance, which for unit vectors is twice the code's 1 - cos; the published weight of 8
 belongs to the code's form, used here.
 """
@@ -16,31 +17,33 @@ from promptkit.clip import zero_shot_features
 from promptkit.errors import expect
 from promptkit.method import register
 from promptkit.methods.coop import CoOp
+from promptkit.published import Published, dataset_of, transfer
 from promptkit.recipe import Recipe
 
 PLAIN = "a photo of a {}."
-# The published code's, by the names of its datasets; elsewhere the dataset's own.
+# The published code's; elsewhere the dataset's own.
 TEMPLATES = {
-    "OxfordPets": "a photo of a {}, a type of pet.",
-    "OxfordFlowers": "a photo of a {}, a type of flower.",
-    "FGVCAircraft": "a photo of a {}, a type of aircraft.",
-    "DescribableTextures": "a photo of a {}, a type of texture.",
-    "EuroSAT": "a centered satellite photo of {}.",
-    "Food101": "a photo of {}, a type of food.",
-    "UCF101": "a photo of a person doing {}.",
+    "oxford_pets": "a photo of a {}, a type of pet.",
+    "oxford_flowers": "a photo of a {}, a type of flower.",
+    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+    "dtd": "a photo of a {}, a type of texture.",
+    "eurosat": "a centered satellite photo of {}.",
+    "food101": "a photo of {}, a type of food.",
+    "ucf101": "a photo of a person doing {}.",
 }
 
 
 def template_of(dataset) -> str:
     """What a class of a dataset is called by hand."""
-    return TEMPLATES.get(dataset.official, dataset.template) if dataset else PLAIN
+    return TEMPLATES.get(dataset.name, dataset.template) if dataset else PLAIN
 
 
 @register
 class KgCoOp(CoOp):
     r"""CoOp whose class features w are held near those u of a hand-written template.
 
-    .. math:: L = L_{ce} + \lambda\,\frac1C \sum_{c=1}^{C} \bigl(1 - \cos(w_c, u_c)\bigr)
+    .. math:: L = L_{ce}
+       + \lambda\,\frac1C \sum_{c=1}^{C} \bigl(1 - \cos(w_c, u_c)\bigr)
 
     The penalty runs over all C classes at every step, not over those in the batch.
     Inference is CoOp's.
@@ -49,8 +52,9 @@ class KgCoOp(CoOp):
         clip: the frozen backbone.
         classnames: the C class names.
         lam: the penalty's weight; 0 is CoOp.
-        template: of the hand-written prompts, with "{}" for the class name. None: that
-            of the dataset it is aimed at, "a photo of a {}." before.
+        template: of the hand-written prompts, with "{}" for the class name, or several
+            for their mean. None: that of the dataset it is aimed at, "a photo of a {}."
+            before.
         n_ctx, init, class_specific: the context, as in CoOp; the class name stands at
             the end.
 
@@ -64,15 +68,42 @@ class KgCoOp(CoOp):
     year = 2023
     paper = "2303.13283"
     from_dataset = {"template": template_of}
+    default_n_ctx = 4
     official_hyperparameters = {
         "W": "lam",
         "N_CTX": "n_ctx",
         "CTX_INIT": "init",
         "CSC": "class_specific",
         "handcrafted_template": "template",
-        "dataset": None,
+        "dataset": None,  # stands for its template, see official_hparams
         "DATASET": None,
+        "CLASS_TOKEN_POSITION": None,  # read, and never used: the name ends the prompt
+        "ALPHA": None,  # read by no line
+        "PREC": None,  # the backbone's: load_clip(precision=...)
     }
+    published = {
+        "base-to-new": Published(
+            ("ViT-B-16",),
+            (16,),
+            "KgCoOp: `scripts/base2new_train.sh`, `vit_b16_ep100_ctxv1.yaml`",
+            "100 epochs, batches of 128, weight 8.",
+        ),
+        "few-shot": Published(
+            ("ViT-B-16",),
+            (4,),
+            "KgCoOp: `scripts/xd_train.sh`, `vit_b16_ep100_ctxv1.yaml`",
+            "4 shots of all classes; other numbers of shots are an extrapolation.",
+        ),
+    } | transfer(
+        Published(
+            ("ViT-B-16",),
+            (4,),
+            "KgCoOp: `scripts/xd_train.sh`, `vit_b16_ep100_ctxv1.yaml`",
+            "The settings of base-to-new. The script trains on ImageNet at 4 shots, the"
+            " paper's table says 16.",
+            extrapolation=True,
+        )
+    )
     official_dropped = (
         *CoOp.official_dropped,
         "bias_vectors",
@@ -86,8 +117,8 @@ class KgCoOp(CoOp):
         classnames,
         *,
         lam: float = 8.0,
-        template: str | None = None,
-        n_ctx: int = 4,
+        template: str | list[str] | None = None,
+        n_ctx: int | None = None,
         init: str = "a photo of a",
         class_specific: bool = False,
     ):
@@ -95,11 +126,12 @@ class KgCoOp(CoOp):
             clip, classnames, n_ctx=n_ctx, init=init, class_specific=class_specific
         )
         expect(lam >= 0, "lam", lam, "at least 0")
+        several = [template] if isinstance(template, str) else template
         expect(
-            template is None or "{}" in template,
+            several is None or (len(several) > 0 and all("{}" in t for t in several)),
             "template",
             template,
-            "a sentence with {} for the class name",
+            "one sentence or more, each with {} for the class name",
         )
         self.lam = lam
 
@@ -118,15 +150,16 @@ class KgCoOp(CoOp):
 
     @classmethod
     def official_hparams(cls, hyperparameters):
-        """As for any method; any true CTX_INIT means "a photo of a", and a dataset
-        stands for its template.
+        """As for CoOp; any true CTX_INIT means "a photo of a", and a dataset stands for
+        its template.
         """
+        if "CTX_INIT" in hyperparameters:
+            words = "a photo of a" if hyperparameters["CTX_INIT"] else ""
+            hyperparameters = hyperparameters | {"CTX_INIT": words}
         ours = super().official_hparams(hyperparameters)
-        if "init" in ours:
-            ours["init"] = "a photo of a" if ours["init"] else ""
         dataset = hyperparameters.get("DATASET", hyperparameters.get("dataset"))
-        if dataset and "template" not in ours:
-            ours["template"] = TEMPLATES.get(dataset, PLAIN)
+        if dataset and not ours.get("template"):
+            ours["template"] = TEMPLATES.get(dataset_of(dataset), PLAIN)
         return ours
 
     @classmethod

@@ -3,9 +3,10 @@ tower.
 
 MaPLe: Multi-modal Prompt Learning; Khattak et al., CVPR 2023; arXiv 2210.03117.
 
-Deviations: prompts are kept in float32, where the paper's runs keep some of them in
-half precision. As in the published code, two learned vectors take the place of "a
-photo" alone: "of a" stays in the prompt.
+Deviations: everything is float32 by default, where the paper's runs keep CLIP's
+weights, the context and its projection in half precision (deep prompts and their
+projections in float32). As in the published code, two learned vectors take the place of
+"a photo" alone: "of a" stays in the prompt.
 """
 
 import copy
@@ -13,9 +14,9 @@ import copy
 import torch
 from torch import nn
 
-from promptkit.errors import expect
 from promptkit.method import Method, register
-from promptkit.prompts import Context, deep_prompts
+from promptkit.prompts import deep_prompts, overwriting_context
+from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
 from promptkit.towers import Replace
 
@@ -38,8 +39,8 @@ class MaPLe(Method):
         depth: J, blocks with prompts, the first of them included; None: three quarters,
             9 of 12.
         init: the words of the prompt. Their first n tokens learn and the others stay as
-            they are; empty, or with more than 4 tokens: normal, std 0.02, and no other
-            words.
+            they are; empty: normal, std 0.02, and no other words. None: "a photo of a",
+            or with more than 4 tokens no words.
 
     Raises:
         InputError: a hyperparameter or a class name does not fit, or the whole is too
@@ -59,9 +60,33 @@ class MaPLe(Method):
         "N_CTX": "n_ctx",
         "CTX_INIT": "init",
         "PROMPT_DEPTH": "depth",
-        "coupling": None,
-        "loss": None,
+        "coupling": None,  # described, never chosen: linear
+        "loss": None,  # described, never chosen: cross-entropy
+        "PREC": None,  # the backbone's: load_clip(precision=...)
     }
+    published = {
+        "base-to-new": Published(
+            ("ViT-B-16",),
+            (16,),
+            "MaPLe: `configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml`",
+            "The same.",
+        ),
+        "few-shot": Published(
+            ("ViT-B-16",),
+            (16,),
+            "MaPLe: `configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml`",
+            "The 5 epochs of base-to-new: on EuroSAT with one shot 10 steps, 2 of them"
+            " at the warm-up rate. The few-shot numbers of later papers are theirs.",
+            extrapolation=True,
+        ),
+    } | transfer(
+        Published(
+            ("ViT-B-16",),
+            (16,),
+            "MaPLe: `vit_b16_c2_ep5_batch4_2ctx_cross_datasets.yaml`",
+            "Depth 3, 2 epochs, rate 0.0026.",
+        )
+    )
 
     def __init__(
         self,
@@ -70,7 +95,7 @@ class MaPLe(Method):
         *,
         n_ctx: int = 2,
         depth: int | None = None,
-        init: str = "a photo of a",
+        init: str | None = None,
     ):
         super().__init__(clip, classnames)
         self.depth = deep_prompts(clip, depth, least=1)
@@ -113,6 +138,13 @@ class MaPLe(Method):
         return {f"prompt_learner.{official}": ours for official, ours in names.items()}
 
     @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; with more than 4 tokens the published code drops the
+        words.
+        """
+        return overwritten(super().official_hparams(hyperparameters))
+
+    @classmethod
     def recipe(cls, setting):
         """The paper's; few-shot runs, which it has not, take the settings of
         base-to-new.
@@ -122,20 +154,12 @@ class MaPLe(Method):
         return Recipe(epochs=5, batch_size=4, lr=0.0035)
 
 
-def overwriting_context(clip, classnames, n_ctx: int, init: str) -> Context:
-    """Learned tokens that overwrite the first n of a written prompt; the rest of its
-    words stay.
-
-    Raises:
-        InputError: if the words have fewer tokens than that.
+def overwritten(hparams: dict) -> dict:
+    """Official options as the published code reads them: initial words only where they
+    are given and at most 4 tokens learn. An option that is nothing (None) is not given.
     """
-    expect(n_ctx >= 1, "n_ctx", n_ctx, "at least 1")
-    words = init if n_ctx <= 4 else ""
-    tokens = len(clip.encode(words.replace("_", " ")))
-    expect(
-        not words or n_ctx <= tokens,
-        "n_ctx",
-        n_ctx,
-        f"at most the {tokens} tokens of init={init!r}",
-    )
-    return Context(clip, classnames, n_ctx, words=words or None)
+    given = {name: value for name, value in hparams.items() if value is not None}
+    if "init" in hparams:
+        words = hparams["init"] if given.get("n_ctx", 1) <= 4 else ""
+        given["init"] = words or ""
+    return given

@@ -2,8 +2,10 @@
 
 Prompt-aligned Gradient for Prompt Tuning; Zhu et al., ICCV 2023; arXiv 2205.14865.
 
-Deviations: the teacher's logits come from the image features that the student reads,
-where the published code runs a second CLIP; gradients and their products are float32.
+Deviations: everything is float32 by default, where the published runs keep CLIP's
+weights, the context and its gradients in half precision; the teacher's logits come from
+the image features that the student reads, where the published code runs a second CLIP
+in float32.
 """
 
 from dataclasses import replace
@@ -18,6 +20,7 @@ from promptkit.errors import expect
 from promptkit.method import register
 from promptkit.methods.coop import CoOp
 from promptkit.prompts import Context
+from promptkit.published import Published, dataset_of
 
 # The class name comes last, so that the words before it can start the context: the
 # paper's, and the mini world's.
@@ -52,7 +55,8 @@ class ProGrad(CoOp):
 
     the optimizer is given
 
-    .. math:: g = g_d - \lambda \min\bigl(0, \langle g_d, \hat g_g \rangle\bigr)\,\hat g_g,
+    .. math:: g = g_d
+       - \lambda \min\bigl(0, \langle g_d, \hat g_g \rangle\bigr)\,\hat g_g,
        \qquad \hat g_g = g_g / |g_g|,
 
     for each parameter tensor. The divergence itself is never minimised. Inference is
@@ -67,7 +71,8 @@ class ProGrad(CoOp):
         template: the teacher's prompt, with "{}" for the class name.
         words: start the last vectors of the context from the words of the template, and
             the others from zero; False: normal, std 0.02.
-        n_ctx, position, class_specific: the context, as in CoOp.
+        n_ctx, position: the context, as in CoOp.
+        class_specific: as in CoOp; not with ``words``.
 
     Raises:
         InputError: a hyperparameter or a class name does not fit, or the whole is too
@@ -86,7 +91,40 @@ class ProGrad(CoOp):
         "CSC": "class_specific",
         "CLASS_TOKEN_POSITION": "position",
         "template": "template",
-        "dataset": None,
+        "dataset": None,  # stands for its template, see official_hparams
+        "DATASET": None,
+        "NAME": None,  # of the loss; others than ProGrad's are refused
+        "ALPHA": None,  # of another loss, plain distillation
+        "PREC": None,  # the backbone's: load_clip(precision=...)
+    }
+    published = {
+        "few-shot": Published(
+            ("RN50",),
+            (1, 2, 4, 8, 16),
+            "ProGrad: `scripts/prograd.sh`, `configs/trainers/ProGrad/rn50*.yaml`",
+            "Lambda is 1, as in the script, and 0.8 with 8 and 16 shots of Flowers102,"
+            " DTD and EuroSAT, as the readme says.",
+        ),
+        "base-to-new": Published(
+            ("RN50",),
+            (4,),
+            "ProGrad: `scripts/base2new_train_prograd.sh`, `rn50_ep100.yaml`",
+            "The same 100 epochs. Its ViT-B/16 rows with 16 shots in other papers are"
+            " reruns of theirs.",
+        ),
+        "domain-generalization": Published(
+            ("RN50",),
+            (4,),
+            "ProGrad: `scripts/eval.sh`, `rn50_ep50.yaml`",
+            "The same 50 epochs on ImageNet.",
+        ),
+        "cross-dataset": Published(
+            ("RN50",),
+            (4,),
+            "ProGrad: `rn50_ep50.yaml`",
+            "The settings of domain generalization: there is no script.",
+            extrapolation=True,
+        ),
     }
 
     def __init__(
@@ -107,7 +145,14 @@ class ProGrad(CoOp):
             classnames,
             n_ctx=n_ctx,
             position=position,
-            class_specific=class_specific and not words,
+            class_specific=class_specific,
+        )
+        expect(
+            not (words and class_specific),
+            "class_specific",
+            class_specific,
+            "False where words start the context, which all classes share; or pass"
+            " words=False",
         )
         expect(0 <= lam <= 1, "lam", lam, "from 0 to 1")
         expect(temperature > 0, "temperature", temperature, "above 0")
@@ -174,8 +219,23 @@ class ProGrad(CoOp):
 
     @classmethod
     def official_hparams(cls, hyperparameters):
-        ours = super().official_hparams(hyperparameters)
-        return ours | ({"words": bool(ours["words"])} if "words" in ours else {})
+        """As for any method; any true CTX_INIT means the words of the template, and a
+        dataset stands for its template.
+
+        Raises:
+            InputError: a name is unknown, or the loss is another one.
+        """
+        loss = hyperparameters.get("NAME") or "prograd"
+        expect(loss == "prograd", "NAME", loss, "'prograd', the only loss here")
+        words = bool(hyperparameters.get("CTX_INIT", True))
+        if "CTX_INIT" in hyperparameters:
+            hyperparameters = hyperparameters | {"CTX_INIT": words}
+        names = {k: v for k, v in hyperparameters.items() if k != "CSC" or not words}
+        ours = super(CoOp, cls).official_hparams(names)
+        dataset = hyperparameters.get("DATASET", hyperparameters.get("dataset"))
+        if dataset and not ours.get("template"):
+            ours["template"] = TEMPLATES.get(dataset_of(dataset), "a photo of a {}.")
+        return {name: value for name, value in ours.items() if value is not None}
 
     @classmethod
     def recipe(cls, setting):

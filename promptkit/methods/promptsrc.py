@@ -3,41 +3,31 @@
 Self-regulating Prompts: Foundational Model Adaptation without Forgetting; Khattak et
 al., ICCV 2023; arXiv 2307.06948.
 
-Deviations: the epoch average covers the learned prompts alone (the published code
-averages the frozen weights too, to themselves), and its mean and width are given as
-fractions of the training. As in that code, and not as in the paper's formulas, the
-feature terms are means over all entries.
+Deviations: everything is float32 by default, where the paper's runs keep CLIP's weights
+and the context in half precision. The epoch average covers what learns alone; the
+published code averages all weights, the frozen ones too, and in half precision these
+come back as themselves up to rounding only: its tested towers carry that noise, these
+do not. The average's mean and width are given as fractions of the training. As in that
+code, and not as in the paper's formulas, the feature terms are means over all entries.
 """
 
 from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
+import open_clip
 import torch
 import torch.nn.functional as F
 
 from promptkit.errors import expect
 from promptkit.method import register
 from promptkit.methods.ivlp import IVLP
+from promptkit.published import Published, transfer
 
 # OpenAI's templates for ImageNet, those that the published code uses and in its order.
-TEMPLATES = [
-    "a photo of a {}.", "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.",
-    "a photo of the hard to see {}.", "a low resolution photo of the {}.", "a rendering of a {}.",
-    "graffiti of a {}.", "a bad photo of the {}.", "a cropped photo of the {}.", "a tattoo of a {}.",
-    "the embroidered {}.", "a photo of a hard to see {}.", "a bright photo of a {}.", "a photo of a clean {}.",
-    "a photo of a dirty {}.", "a dark photo of the {}.", "a drawing of a {}.", "a photo of my {}.", "the plastic {}.",
-    "a photo of the cool {}.", "a close-up photo of a {}.", "a black and white photo of the {}.",
-    "a painting of the {}.", "a painting of a {}.", "a pixelated photo of the {}.", "a sculpture of the {}.",
-    "a bright photo of the {}.", "a cropped photo of a {}.", "a plastic {}.", "a photo of the dirty {}.",
-    "a jpeg corrupted photo of a {}.", "a blurry photo of the {}.", "a photo of the {}.", "a good photo of the {}.",
-    "a rendering of the {}.", "a {} in a video game.", "a photo of one {}.", "a doodle of a {}.",
-    "a close-up photo of the {}.", "the origami {}.", "the {} in a video game.", "a sketch of a {}.",
-    "a doodle of the {}.", "a origami {}.", "a low resolution photo of a {}.", "the toy {}.",
-    "a rendition of the {}.", "a photo of the clean {}.", "a photo of a large {}.", "a rendition of a {}.",
-    "a photo of a nice {}.", "a photo of a weird {}.", "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.",
-    "a sketch of the {}.", "a embroidered {}.", "a pixelated photo of a {}.", "itap of the {}.",
-]  # fmt: skip
+_PLAIN = "a photo of a {}."
+_OPENAI = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+TEMPLATES = [_PLAIN, *(text for text in _OPENAI[:60] if text != _PLAIN)]
 
 
 def templates_of(dataset) -> list[str]:
@@ -54,8 +44,10 @@ class PromptSRC(IVLP):
     With normalised prompted features w, f and logits z, and those of the frozen CLIP
     w', f', z' (w' the mean over 60 templates),
 
-    .. math:: L = L_{ce}(z) + \lambda_t\,\overline{|w - w'|} + \lambda_i\,\overline{|f - f'|}
-       + \frac{\lambda_z}{BC} \sum_{b,c} q'_{bc} (\log q'_{bc} - \log q_{bc}), \qquad q = \mathrm{softmax}(z)
+    .. math:: L = L_{ce}(z) + \lambda_t\,\overline{|w - w'|}
+       + \lambda_i\,\overline{|f - f'|}
+       + \frac{\lambda_z}{BC} \sum_{b,c} q'_{bc} (\log q'_{bc} - \log q_{bc}),
+       \qquad q = \mathrm{softmax}(z)
 
     The final prompts are the average over epochs e = 1 .. E, weighted by a Gaussian in
     e.
@@ -88,8 +80,35 @@ class PromptSRC(IVLP):
         "templates": "templates",
         "gpa_mean": "gpa_mean",
         "gpa_std": "gpa_std",
-        "max_epoch": None,
+        "max_epoch": None,  # the unit of the two before, see official_hparams
+        "TEXT_LOSS_WEIGHT": "text_weight",
+        "IMAGE_LOSS_WEIGHT": "image_weight",
+        "GPA_MEAN": "gpa_mean",
+        "GPA_STD": "gpa_std",
+        "MAX_EPOCH": None,
     }
+    published = {
+        "base-to-new": Published(
+            ("ViT-B-16",),
+            (16,),
+            "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx.yaml`",
+            "The same.",
+        ),
+        "few-shot": Published(
+            ("ViT-B-16",),
+            (1, 2, 4, 8, 16),
+            "PromptSRC: `vit_b16_c2_ep50_batch4_4+4ctx_few_shot.yaml`",
+            "The same, with the script's two averages by dataset.",
+        ),
+    } | transfer(
+        Published(
+            ("ViT-B-16",),
+            (16,),
+            "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx_cross_datasets.yaml`",
+            "The same. The script names a configuration of 5 epochs that does not"
+            " exist, and its test loads epoch 20.",
+        )
+    )
     official_dropped = (
         *IVLP.official_dropped,
         "ZS_image_encoder",
@@ -107,11 +126,11 @@ class PromptSRC(IVLP):
         averaging: Literal["gaussian", "uniform", "last"] = "gaussian",
         gpa_mean: float = 0.75,
         gpa_std: float = 0.05,
-        n_ctx: int = 4,
-        n_ctx_vision: int = 4,
+        n_ctx: int | None = None,
+        n_ctx_vision: int | None = None,
         depth: int | None = None,
         depth_vision: int | None = None,
-        init: str = "a photo of a",
+        init: str | None = None,
     ):
         prompts = {
             "n_ctx": n_ctx,
@@ -191,37 +210,33 @@ class PromptSRC(IVLP):
             -((e - self.gpa_mean * epochs) ** 2) / (2 * (self.gpa_std * epochs) ** 2)
         ).softmax(dim=0)
 
-    def end_epoch(self, epoch, recipe):
-        """Add this epoch's prompts to the average; after the last epoch the average
-        takes their place.
+    @torch.no_grad()
+    def end_epoch(self, epoch, recipe, outer=None):
+        """Add this epoch's parameters to the average; after the last epoch the average
+        takes their place. What is tested together is averaged together: a plug-in's
+        parameters too.
         """
         weight = self.epoch_weights(recipe.epochs)[epoch].item()
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                before = self.training_state.get(name, 0.0) if epoch else 0.0
-                self.training_state[name] = before + weight * p.detach()
-                if epoch == recipe.epochs - 1:
-                    p.copy_(self.training_state[name])
+        for name, p in (outer or self).named_parameters():
+            before = self.training_state.get(name, 0.0) if epoch else 0.0
+            self.training_state[name] = before + weight * p.detach()
+            if epoch == recipe.epochs - 1:
+                p.copy_(self.training_state[name])
 
     @classmethod
     def official_hparams(cls, hyperparameters):
-        """As for any method; the average's mean and width become fractions, a plain
-        loss has no regularisers.
+        """As for IVLP; the average's mean and width become fractions of max_epoch, 20
+        where it is not given. Options that describe a plain loss, and weigh no
+        regulariser, are IVLP's: it has none, and tests the last epoch.
         """
-        ours, epochs = (
-            super().official_hparams(hyperparameters),
-            hyperparameters.get("max_epoch", 20),
-        )
+        ours = super().official_hparams(hyperparameters)
+        epochs = hyperparameters.get("max_epoch", hyperparameters.get("MAX_EPOCH"))
         for name in ("gpa_mean", "gpa_std"):
             if name in ours:
-                ours[name] = ours[name] / epochs
-        if "loss" in hyperparameters:  # IVLP
-            ours |= {
-                "text_weight": 0.0,
-                "image_weight": 0.0,
-                "logit_weight": 0.0,
-                "averaging": "last",
-            }
+                ours[name] = ours[name] / (epochs or 20)
+        weights = ("text_weight", "image_weight", "logit_weight")
+        if "loss" in hyperparameters and not set(weights) & set(ours):
+            ours |= dict.fromkeys(weights, 0.0) | {"averaging": "last"}
         return ours
 
     @classmethod

@@ -6,14 +6,15 @@ al., NeurIPS 2022; arXiv 2209.07511.
 Alone it starts from "a photo of a"; over a host, ``tpt(coop)`` or ``tpt(cocoop)``, from
 the context that the host has learned.
 
-Deviations: the 64 views are encoded once, where the published code encodes them at
+Deviations: everything is float32 by default, where the published code runs float32
+weights under autocast; the 64 views are encoded once, where that code encodes them at
 every step; several images are adapted together, each with its own context and optimizer
-state. As in that code, CoCoOp's Meta-Net reads the image feature without normalisation
-here.
+state; at least one view is kept. As in that code, CoCoOp's Meta-Net reads the image
+feature without normalisation here.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-from promptkit.errors import InputError, expect
+from promptkit.errors import InputError, expect, unknown
 from promptkit.method import Method, register
 from promptkit.methods.cocoop import CoCoOp
 from promptkit.methods.coop import CoOp
 from promptkit.plugin import Plugin
+from promptkit.published import Published
 from promptkit.recipe import Recipe
 
 
@@ -52,7 +54,8 @@ class TPT(Plugin):
     Of V views, the image itself and random crops of it, the share rho with the lowest
     entropy is kept; the context v moves against the entropy of their mean prediction,
 
-    .. math:: \bar p_c = \frac1k \sum_{i \in S} p(y = c \mid x_i, v), \qquad L(v) = -\sum_c \bar p_c \log \bar p_c,
+    .. math:: \bar p_c = \frac1k \sum_{i \in S} p(y = c \mid x_i, v), \qquad
+       L(v) = -\sum_c \bar p_c \log \bar p_c,
 
     the image is classified with the new context, and the next image starts afresh.
 
@@ -68,6 +71,7 @@ class TPT(Plugin):
         augmix: whether views are mixed with distorted ones. None: on every dataset but
             ImageNet and its shifts (in the mini world: the main set and its shifts),
             where they are crops and flips.
+        severity: of AugMix's distortions, from 0.1 to 10.
 
     Raises:
         InputError: a hyperparameter does not fit, or the host has no context to tune.
@@ -90,6 +94,34 @@ class TPT(Plugin):
         "selection_p": "selection",
         "tta_steps": "steps",
         "n_views": "views",
+        "batch_size": "views",  # so called in the published script
+        "lr": "step_size",
+        "weight_decay": "decay",
+        "augmix": "augmix",
+        "severity": "severity",
+        "n_selected": None,  # follows from views and selection
+        "ctx_init": None,  # these five make the host, see from_official
+        "n_ctx": None,
+        "class_token_position": None,
+        "split_idx": None,
+        "prompt_prefix": None,
+        "learned_cls": None,  # of another task; refused if it is true
+    }
+    published = {
+        protocol: Published(
+            ("RN50", "ViT-B-16"),
+            (16,),
+            "TPT: `tpt_classification.py`, `scripts/test_tpt*.sh`",
+            note + " The scripts' default is RN50 and their seed 0. Over CoOp they want"
+            " a context of 4 vectors.",
+            extrapolation=not note.startswith("ImageNet"),
+        )
+        for protocol, note in {
+            "cross-dataset": "ImageNet's host, or the words alone.",
+            "domain-generalization": "ImageNet's host, or the words alone.",
+            "few-shot": "The host learns on the dataset itself.",
+            "base-to-new": "The host learns on the base classes.",
+        }.items()
     }
 
     def __init__(
@@ -104,6 +136,7 @@ class TPT(Plugin):
         step_size: float = 5e-3,
         decay: float = 1e-2,
         augmix: bool | None = None,
+        severity: float = 1.0,
     ):
         if getattr(host, "context", None) is None:
             raise InputError(
@@ -116,8 +149,15 @@ class TPT(Plugin):
         expect(steps >= 0, "steps", steps, "at least 0")
         expect(step_size >= 0, "step_size", step_size, "at least 0")
         expect(decay >= 0, "decay", decay, "at least 0")
+        expect(0.1 <= severity <= 10, "severity", severity, "from 0.1 to 10")
+        expect(
+            augmix is not False or severity == 1,
+            "severity",
+            severity,
+            "left out where augmix=False distorts nothing",
+        )
         self.n_views, self.selection, self.steps = views, selection, steps
-        self.step_size, self.decay = step_size, decay
+        self.step_size, self.decay, self.severity = step_size, decay, severity
 
     def views(self, images, generator):
         """The views of images: (B, V, 3, S, S), normalised, the centre crop first.
@@ -142,6 +182,7 @@ class TPT(Plugin):
                     size,
                     self.option("augmix"),
                     rng,
+                    self.severity,
                 )
                 for x in images
             ]
@@ -237,38 +278,63 @@ class TPT(Plugin):
         return super().official_state(renamed)
 
     @classmethod
-    def from_official(cls, clip, classnames, hyperparameters, *, host="", **objects):
-        """As for any method; without a host the phrase "ctx_init" starts the
-        context.
+    def official_hparams(cls, hyperparameters):
+        """As for any method.
+
+        Raises:
+            InputError: a name is unknown, or the class token is to be learned.
         """
+        expect(
+            not hyperparameters.get("learned_cls"),
+            "learned_cls",
+            True,
+            "False: learned class tokens belong to Bongard-HOI, which is not here",
+        )
+        ours = super(Plugin, cls).official_hparams(hyperparameters)
+        return {name: value for name, value in ours.items() if value is not None}
+
+    @classmethod
+    def from_official(cls, clip, classnames, hyperparameters, *, host="", **objects):
+        """As for any method; without a host the phrase "ctx_init" starts the context,
+        in which "[CLS]" may mark the place of the class name.
+        """
+        if host not in ("", "coop", "cocoop"):
+            raise unknown("host of the published TPT", host, ["coop", "cocoop"])
+        own = cls.official_hparams(hyperparameters)
+        words = hyperparameters.get("ctx_init") or ""
         if host == "cocoop":
-            extended = CoCoOp(
-                clip,
-                classnames,
-                init=hyperparameters.get("prompt_prefix") or "a photo of a",
-            )
-        else:
-            extended = CoOp(
-                clip,
-                classnames,
-                n_ctx=hyperparameters.get("n_ctx", 4),
-                init=(hyperparameters.get("ctx_init") or "").replace("_", " "),
-                position=hyperparameters.get("class_token_position", "end"),
-            )
-        return cls(
+            words = hyperparameters.get("prompt_prefix") or words or "a photo of a"
+            extended = CoCoOp(clip, classnames, init=words.replace("_", " "))
+            return cls(clip, classnames, host=extended, **own, **objects)
+        words = words.replace("_", " ").split()
+        split = hyperparameters.get("split_idx")
+        if words and split is not None and "[CLS]" not in words:
+            words.insert(split, "[CLS]")
+        marked = "[CLS]" in words  # wins over the position, as in the published code
+        extended = CoOp(
             clip,
             classnames,
-            host=extended,
-            **cls.official_hparams(hyperparameters),
-            **objects,
+            n_ctx=None if words else hyperparameters.get("n_ctx") or 4,
+            init=" ".join(words),
+            position=(
+                "middle"
+                if marked
+                else hyperparameters.get("class_token_position") or "end"
+            ),
         )
+        return cls(clip, classnames, host=extended, **own, **objects)
 
     @classmethod
     def recipe(cls, setting):
-        """Nothing is trained; over a host, the host is."""
+        """Nothing is trained; over a host, the host is. A context of CoOp has the 4
+        vectors that the published code wants.
+        """
         if setting.host is None:
             return Recipe(epochs=0, augment=False)
-        return super().recipe(setting)
+        plan = super().recipe(setting)
+        if plan.hparams["host"].get("n_ctx") == 16 and setting.host.names[0] == "coop":
+            return replace(plan, hparams={"host": {"n_ctx": 4}})
+        return plan
 
 
 def mixes(dataset) -> bool:
@@ -294,7 +360,12 @@ def entropy_of(log_p: Tensor) -> Tensor:
 
 
 def image_views(
-    image: Image.Image, n: int, size: int, mixes: bool, rng: np.random.RandomState
+    image: Image.Image,
+    n: int,
+    size: int,
+    mixes: bool,
+    rng: np.random.RandomState,
+    severity: float = 1,
 ) -> Tensor:
     """Views of one image, (n, 3, size, size) with values around 0..1: the centre crop,
     then random ones.
@@ -309,11 +380,13 @@ def image_views(
     views = [_tensor(whole(image))]
     for _ in range(n - 1):
         x = crop(image)
-        views.append(augmix(x, rng) if mixes else _tensor(x))
+        views.append(augmix(x, rng, severity) if mixes else _tensor(x))
     return torch.stack(views)
 
 
-def augmix(image: Image.Image, rng: np.random.RandomState, severity: int = 1) -> Tensor:
+def augmix(
+    image: Image.Image, rng: np.random.RandomState, severity: float = 1
+) -> Tensor:
     """An image mixed with three chains of one to three operations each, (3, S, S)
     (Hendrycks et al. 2020).
     """
@@ -331,7 +404,7 @@ def _tensor(image: Image.Image) -> Tensor:
     return v2.functional.pil_to_tensor(image).float() / 255  # (3, H, W)
 
 
-def _amount(most: float, severity: int, rng) -> float:
+def _amount(most: float, severity: float, rng) -> float:
     return rng.uniform(0.1, severity) * most / 10
 
 
