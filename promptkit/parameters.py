@@ -79,10 +79,11 @@ def names(name: str, value, known=()) -> list[str]:
 
 
 def _parts(value) -> list:
+    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
     if isinstance(value, list | tuple | set | range):
         return list(value)
     if not isinstance(value, str):
-        return value.tolist() if hasattr(value, "tolist") else [value]
+        return [value]
     text = value.strip()
     if text.startswith(("[", "(")) and text.endswith(("]", ")")):
         try:

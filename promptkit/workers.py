@@ -9,6 +9,7 @@ started it ends, which a worker that is used again survives.)
 """
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -311,60 +312,75 @@ def _end_this_process():
 
 
 def _on_dask(function, items, scheduler, failed, arguments):
-    from distributed import Client, wait
+    from distributed import Client, KilledWorker
 
     try:
-        client = Client(scheduler, timeout="10s", set_as_default=False)
+        client = Client(scheduler, timeout="10s")
     except (OSError, ValueError) as error:
         raise InputError(
             f"no Dask scheduler answers at {scheduler} ({error})"
         ) from None
     try:
-        futures = {
-            client.submit(function, item, pure=False, **arguments): item
-            for item in items
-        }
-        pending, seen = set(futures), time.monotonic()
-        while pending:
-            try:
-                done, pending = wait(pending, timeout=2, return_when="FIRST_COMPLETED")
-            except TimeoutError:
-                done = ()
-            for future in done:
-                yield futures[future], _result(future, futures[future], failed)
-            seen = _seen(client, seen, scheduler)
+        suspects = []
+        for item, outcome in _submitted(client, function, items, arguments):
+            # Dask fails all that a dead worker had been given: each is tried alone.
+            if isinstance(outcome, KilledWorker) and len(items) > 1:
+                suspects.append(item)
+            else:
+                yield item, _judged(item, outcome, failed)
+        for suspect in suspects:
+            for item, outcome in _submitted(client, function, [suspect], arguments):
+                yield item, _judged(item, outcome, failed)
     finally:
         # Nobody waits for what is still under way, or for a scheduler that is lost.
         client.close(timeout=GRACE)
 
 
-def _seen(client, before, scheduler) -> float:
-    """When workers were last seen; an error if that is too long ago."""
-    lost = client.status != "running"
-    if not lost and client.scheduler_info(n_workers=1)["workers"]:
-        return time.monotonic()
-    if time.monotonic() - before < PATIENCE:
-        return before
-    what = "the Dask scheduler" if lost else "every worker of the Dask scheduler"
-    raise WorkerError(
-        f"{what} at {scheduler} is gone; what was finished is stored, and the same"
-        " command goes on from there"
+def _submitted(client, function, items, arguments):
+    """Yield (item, result or exception) as they are done."""
+    from distributed import CancelledError, wait
+
+    submit, futures = client.submit, {}
+    for item in items:
+        futures[submit(function, item, pure=False, **arguments)] = item
+    pending, seen = set(futures), time.monotonic()
+    while pending:
+        done = ()
+        try:
+            with contextlib.suppress(TimeoutError):
+                done, pending = wait(pending, timeout=2, return_when="FIRST_COMPLETED")
+            if client.scheduler_info(n_workers=1)["workers"]:
+                seen = time.monotonic()
+        except (CancelledError, OSError):  # OSError: the connection is closed
+            raise _gone(client, "the Dask scheduler") from None
+        for future in done:
+            failure = future.exception()
+            yield futures[future], future.result() if failure is None else failure
+        if time.monotonic() - seen > PATIENCE:
+            raise _gone(client, "every worker of the Dask scheduler")
+
+
+def _gone(client, what):
+    return WorkerError(
+        f"{what} at {client.scheduler.address} is gone; what was finished is stored,"
+        " and the same command goes on from there"
     )
 
 
-def _result(future, item, failed):
+def _judged(item, outcome, failed):
+    """A result, or what is said in its place."""
     from distributed import KilledWorker
 
-    try:
-        return future.result(timeout=GRACE)
-    except KilledWorker as error:
-        sentence = f"it ended the Dask workers that tried it ({error})"
-    except Exception as error:
-        if not failed:
-            raise
-        sentence = f"{type(error).__name__}: {error}"
-    if not failed:
-        raise WorkerError(sentence) from None
+    if not isinstance(outcome, BaseException):
+        return outcome
+    if isinstance(outcome, KilledWorker):
+        sentence = "every Dask worker that tried it died"
+    elif failed is None:
+        raise outcome
+    else:
+        sentence = f"{type(outcome).__name__}: {outcome}"
+    if failed is None:
+        raise WorkerError(sentence)
     return failed(item, sentence)
 
 
