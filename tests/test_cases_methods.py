@@ -1,5 +1,5 @@
-"""Options of the published code, one by one: each acts as it does there, or is refused
-in a sentence. What they lead to is derived here a second time, from the papers' rules.
+"""Options of the published code: each acts as the papers' rules say, or is refused in a
+sentence. What they lead to is derived here a second time, from those rules.
 """
 
 from collections import Counter

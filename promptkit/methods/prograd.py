@@ -118,7 +118,7 @@ class ProGrad(CoOp):
             ("RN50",),
             (4,),
             "ProGrad: its evaluation script",
-            "The settings of domain generalization: there is no script.",
+            "The settings of domain generalization: there is no other script.",
             extrapolation=True,
         ),
     }

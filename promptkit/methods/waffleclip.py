@@ -41,24 +41,12 @@ CONCEPTS = {
     "oxford_pets": "breed",
     "places365": "place",
 }
-
-# What the modes read: words, strings alone, templates, descriptors.
 WORDED = ("waffle", "adaptive_waffle", "waffle_and_gpt", "waffle_and_prompt_ensemble")
 LETTERED = ("waffle_characters", "adaptive_waffle_characters")
-TEMPLATED = (
-    "prompt_ensemble",
-    "waffle_and_prompt_ensemble",
-    "gpt_descriptions_and_prompt_ensemble",
-)
+TEMPLATED = ("prompt_ensemble", "gpt_descriptions_and_prompt_ensemble")
 RANDOM = ("random_descriptions", "shared_random_descriptions")
-DESCRIBED = (
-    *RANDOM,
-    "gpt_descriptions",
-    "swapped_descriptions",
-    "scrambled_descriptions",
-    "gpt_descriptions_and_prompt_ensemble",
-)
-# The options that one mode reads and another does not.
+OWN = ("gpt_descriptions", "swapped_descriptions", "scrambled_descriptions")
+# Options that one mode reads and another does not.
 READ_BY = {"pairs": WORDED + LETTERED + TEMPLATED, "budget": RANDOM, "words": WORDED}
 
 
@@ -154,7 +142,7 @@ class WaffleCLIP(Method):
         clip,
         classnames,
         *,
-        mode: Literal["clip", *WORDED, *LETTERED, *TEMPLATED, *DESCRIBED] = "waffle",
+        mode: Literal["clip", *WORDED, *LETTERED, *TEMPLATED, *RANDOM, *OWN] = "waffle",
         concept: str | None = "",
         pairs: int = 15,
         budget: int = 1,
@@ -191,11 +179,17 @@ class WaffleCLIP(Method):
         """Those of each class, as they stand."""
         return self.option("descriptors")
 
+    @property
+    def before(self) -> str:
+        """The text before the class name."""
+        concept = self.option("concept")
+        return f"{self.opening}{concept}: a " if concept else self.opening
+
     def sentences(self) -> list[list[str]]:
         """The sentences of each class."""
-        rows = {spoken(key) for key in self.descriptors}
-        covered = all(name in rows for name in self.classnames)
-        keys = list(self.descriptors) if covered else self.classnames
+        keys = list(self.descriptors)
+        if not {*map(spoken, keys)} >= {*self.classnames}:
+            keys = self.classnames
         lists = self._lists(keys, np.random.RandomState(int(self.repetition)))
         at = {spoken(key): i for i, key in enumerate(keys)}
         return [lists[at[name]] for name in self.classnames]
@@ -227,44 +221,39 @@ class WaffleCLIP(Method):
     def _lists(self, keys: list[str], rng) -> list[list[str]]:
         """The sentences for each of the names ``keys``."""
         mode, names = self.mode, [spoken(key) for key in keys]
-        topic = self._topic()
         if mode == "clip":
-            return [[f"{self.opening}{topic}{name}{self.after}"] for name in names]
+            return [[f"{self.before}{name}{self.after}"] for name in names]
         lists = [[] for _ in names]
         n = int(2 / 3 * self.pairs) if mode == "waffle_and_gpt" else self.pairs
         if mode in WORDED + LETTERED:
             lists = self._say(names, self._waffle(keys, n, rng))
             if not mode.startswith("adaptive"):
                 lists = shared(lists, names, rng)
-        if mode in TEMPLATED:  # drawn with repetition, in their order
+        if "ensemble" in mode:  # drawn with repetition, in their order
+            topic = f"{self.option('concept')}: a " if self.option("concept") else ""
             drawn = [TEMPLATES[i] for i in sorted(rng.choice(80, 2 * n))]
             said = [[t.replace("{}", topic + name) for t in drawn] for name in names]
             lists = joined(lists, said)
         if mode == "waffle_and_gpt":
             own = [[rng.choice(d, 1)[0] for _ in range(2 * n)] for d in self._own()]
             lists = joined(lists, self._say(names, own))
-            lists = [rng.choice(each, 3 * n, replace=False).tolist() for each in lists]
-        elif mode in DESCRIBED:
+            return [rng.choice(each, 3 * n, replace=False).tolist() for each in lists]
+        if "descriptions" in mode:
             lists = joined(lists, self._say(names, self._torn(self._own(), rng)))
         return lists
 
     def _say(self, names: list[str], lists: list) -> list[list[str]]:
         """A sentence about each name for each of its descriptors."""
-        before = self.opening + self._topic()
+        between, end = self.separator, self.after
         return [
-            [f"{before}{name}{self.separator}{linked(d)}{self.after}" for d in texts]
+            [f"{self.before}{name}{between}{linked(text)}{end}" for text in texts]
             for name, texts in zip(names, lists, strict=True)
         ]
 
-    def _topic(self) -> str:
-        concept = self.option("concept")
-        return f"{concept}: a " if concept else ""
-
     def _own(self) -> list[list[str]]:
-        known = {spoken(key) for key in self.descriptors}
+        some = any(self.descriptors.values())
+        known = {spoken(key) for key in self.descriptors if some}
         lacking = [name for name in self.classnames if name not in known]
-        if not any(self.descriptors.values()):
-            lacking = self.classnames
         if lacking:
             raise InputError(
                 f"mode {self.mode!r} needs descriptors, and there are none of"
