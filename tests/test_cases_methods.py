@@ -316,6 +316,7 @@ def test_waffleclip_takes_the_papers_concepts(tiny_clip):
         ("tpt", {"host": {"n_ctx": 8}}, "n_ctx must be the number of words"),
         ("waffleclip", {"mode": "clip", "pairs": 3}, "does not read pairs"),
         ("waffleclip", {"budget": 2}, "mode 'waffle' does not read budget"),
+        ("waffleclip", {"mode": "waffle_and_gpt", "pairs": 1}, "pairs must be at lea"),
         ("waffleclip", {"mode": "waffle_characters", "words": ["x"]}, "not read words"),
     ],
 )

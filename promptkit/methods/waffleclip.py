@@ -155,7 +155,8 @@ class WaffleCLIP(Method):
         after: str = ".",
     ):
         super().__init__(clip, classnames)
-        expect(pairs >= 1, "pairs", pairs, "at least 1")
+        least = 2 if mode == "waffle_and_gpt" else 1  # two thirds of 1 are none
+        expect(pairs >= least, "pairs", pairs, f"at least {least}")
         expect(budget >= 1, "budget", budget, "at least 1")
         expect(words is None or len(words) > 0, "words", words, "one word or more")
         fits = repetition is None or 0 <= repetition < 2**32
