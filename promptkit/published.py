@@ -1,4 +1,4 @@
-"""What a paper ran itself: the backbone, the shots and the files behind each recipe.
+"""What a paper ran itself: the backbone, the shots and the runs behind each recipe.
 
 A method says so in its class attribute ``published``, one entry a protocol, and the
 book's page *Recipes and their sources* is made from it.
@@ -18,7 +18,7 @@ class Published:
         backbones: that it was published with, as open_clip calls them; empty: none, as
             for methods without such a run.
         shots: images a class that it was published with; empty: it needs none.
-        source: the repository and the file that its settings are from.
+        source: the repository, and which of its runs the settings are from.
         notes: what the recipe here takes, and what else is to know.
         extrapolation: no such run was published: the settings are those of `source`,
             carried over.

@@ -1,7 +1,8 @@
-"""Options of the published code, one by one: each acts as it does there, or is refused
-in a sentence. What they lead to is derived here a second time, from the papers' rules.
+"""Options of the published code: each acts as the papers' rules say, or is refused in a
+sentence. What they lead to is derived here a second time, from those rules.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +42,9 @@ DESCRIBED = {
     "Jack-O-Lantern": [],
     "hot_air balloon": ["bright colours", "a basket."],
 }
+OWN = {name: texts or [""] for name, texts in DESCRIBED.items()}
+POOL = sum(OWN.values(), [])
+MODES = WaffleCLIP.hyperparameters()["mode"][0].__args__
 WORDS = ["", "10", "amber", "antler", "a-frame", "category", "may", "used", "zinc"]
 
 
@@ -53,198 +57,49 @@ def clause(text):
     return ("which " if begins else "which has ") + text
 
 
-class Published:
-    """The published sentences, from the rules of the paper's code: numpy's global
-    generator, seeded by the repetition, and draws class by class.
+def said(name, text, concept=""):
+    topic = f"{concept}: a " if concept else ""
+    return f"A photo of a {topic}{name.replace('_', ' ')}, {clause(text)}."
+
+
+def published(mode, repetition, count, concept):
+    """The sentences by the rules of the paper's code: numpy's global generator, seeded
+    by the repetition, one permutation of the list for each word and each character.
     """
+    np.random.seed(repetition)
+    keys = list(OWN)
+    if mode == "clip":
+        topic = f"{concept}: a " if concept else ""
+        return {k: [f"A photo of a {topic}{k.replace('_', ' ')}."] for k in keys}
+    if mode == "gpt_descriptions":
+        return {k: [said(k, text, concept) for text in OWN[k]] for k in keys}
 
-    def __init__(self, repetition, count, budget, before="A photo of a "):
-        np.random.seed(repetition)
-        self.count, self.budget, self.before = count, budget, before
-        self.own = {k: v if v else [""] for k, v in DESCRIBED.items()}
-        self.every = sum(self.own.values(), [])
-        self.keys = list(self.own)
-
-    def one(self, items):
+    def one(items):
         return np.random.choice(items, 1, replace=False)[0]
 
-    def say(self, key, text, named=None):
-        named = self.before + key.replace("_", " ") if named is None else named
-        return f"{named}, {clause(text)}."
-
-    def pair(self, characters_only=False):
-        spoken = [key.replace("_", " ") for key in self.keys]
-        n_words = max(int(np.round(np.mean([len(s.split(" ")) for s in spoken]))), 1)
-        length = int(
-            np.round(np.mean([np.mean([len(w) for w in s.split(" ")]) for s in spoken]))
-        )
-        letters = sorted(set("".join(self.every)) - {" ", ",", "."})
-        blanks = int(np.round(np.mean([key.count(" ") for key in self.keys]))) + 1
-        size = int(
-            np.ceil(np.mean([max(len(w) for w in key.split(" ")) for key in self.keys]))
-        )
-        size += blanks - size % blanks
-        cut = [word[:length] for word in WORDS]
-        word = (
-            [] if characters_only else [" ".join(self.one(cut) for _ in range(n_words))]
-        )
-        groups = [
-            "".join(self.one(letters) for _ in range(size // blanks))
-            for _ in range(blanks)
-        ]
-        return [*word, ", ".join(groups)]
-
-    def waffle(self, key, count, characters_only=False):
-        texts = []
-        for _ in range(count):
-            texts += [self.say(key, text) for text in self.pair(characters_only)]
-        return texts
-
-    def share(self, lists):
-        key = np.random.choice(self.keys)
-        old = key.replace("_", " ")
-        return {
-            k: [text.replace(old, k.replace("_", " ")) for text in lists[key]]
-            for k in self.keys
-        }
-
-    def templates(self, n):
-        openai = [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
-        drawn = np.random.choice(80, n, replace=True)
-        ids, counts = np.unique(drawn, return_counts=True)
-        out = []
-        for i, times in zip(ids, counts, strict=True):
-            out += [openai[i][0].upper() + openai[i][1:-1]] * times
-        return out
-
-    def say_all(self, lists):
-        return {k: [self.say(k, text) for text in lists[k]] for k in self.keys}
-
-    def make(self, mode):
-        return getattr(self, mode)()
-
-    def clip(self):
-        return {k: [f"{self.before}{k.replace('_', ' ')}."] for k in self.keys}
-
-    def gpt_descriptions(self):
-        return self.say_all(self.own)
-
-    def mean_number(self):
-        return int(np.ceil(len(self.every) / len(self.keys))) * self.budget
-
-    def random_descriptions(self):
-        n = min(self.mean_number(), len(self.every))
-        return self.say_all(
-            {k: np.random.choice(self.every, n, replace=False) for k in self.keys}
-        )
-
-    def shared_random_descriptions(self):
-        n = self.mean_number()
-        drawn = np.random.choice(self.every, n, replace=n > len(self.every))
-        return self.say_all(dict.fromkeys(self.keys, drawn))
-
-    def shuffle_words(self):
-        size = int(np.ceil(np.mean([len(text.split(" ")) for text in self.every])))
-        words = sorted({word for text in self.every for word in text.split(" ")})
-        words = [word.replace(",", "").replace(".", "") for word in words]
-        self.every = [
-            " ".join(np.random.choice(words, size, replace=True)) for _ in self.every
-        ]
-
-    def random_description_words(self):
-        self.shuffle_words()
-        return self.random_descriptions()
-
-    def shared_random_description_words(self):
-        self.shuffle_words()
-        return self.shared_random_descriptions()
-
-    def swapped_descriptions(self):
-        order = np.arange(len(self.keys))
-        np.random.shuffle(order)
-        return self.say_all(
-            {k: self.own[self.keys[i]] for k, i in zip(self.keys, order, strict=True)}
-        )
-
-    def scrambled_descriptions(self):
-        np.random.shuffle(np.arange(len(self.keys)))  # drawn, never used
-        lists = {}
-        for k in self.keys:
-            words = [w.replace(".", "") for t in self.own[k] for w in t.split(" ")]
-            lists[k] = [
-                " ".join(np.random.choice(words, len(t.split(" ")), replace=True))
-                for t in self.own[k]
-            ]
-        return self.say_all(lists)
-
-    def adaptive_randomness(self):
-        return {k: self.waffle(k, self.count) for k in self.keys}
-
-    def adaptive_random_characters(self):
-        return {k: self.waffle(k, self.count, True) for k in self.keys}
-
-    def waffle_mode(self):
-        return self.share(self.adaptive_randomness())
-
-    def waffle_characters(self):
-        return self.share(self.adaptive_random_characters())
-
-    def cut(self, lists, n):
-        return {
-            k: list(np.random.choice(lists[k], n, replace=False)) for k in self.keys
-        }
-
-    def waffle_and_gpt(self):
-        n = int(2 / 3 * self.count)
-        lists = self.share({k: self.waffle(k, n) for k in self.keys})
-        for k in self.keys:
-            for _ in range(2 * n):
-                lists[k].append(self.say(k, np.random.choice(self.own[k], 1)[0]))
-        return self.cut(lists, 3 * n)
-
-    def adaptive_randomness_and_gpt_descriptions(self):
-        n, lists = int(2 / 3 * self.count), {}
-        for k in self.keys:
-            lists[k] = []
-            for _ in range(n):
-                lists[k] += self.waffle(k, 1)
-                for _ in range(2):
-                    lists[k].append(self.say(k, np.random.choice(self.own[k], 1)[0]))
-        return self.cut(lists, 3 * n)
-
-    def prompt_ensemble(self, topic=""):
-        drawn = self.templates(2 * self.count)
-        return {
-            k: [t.format(topic + k.replace("_", " ")) + "." for t in drawn]
-            for k in self.keys
-        }
-
-    def context_prompt_ensemble(self):
-        topic = self.before.split("A photo of a ")[-1].split(":")[0]
-        return self.prompt_ensemble(topic + ": a ")
-
-    def gpt_descriptions_and_prompt_ensemble(self):
-        drawn, lists = self.templates(2 * self.count), {}
-        for k in self.keys:
-            lists[k] = [
-                self.say(
-                    k, np.random.choice(self.own[k]), t.format(k.replace("_", " "))
-                )
-                for t in drawn
-            ]
-        return lists
-
-    def waffle_and_prompt_ensemble(self):
-        drawn, lists = self.templates(self.count), {}
-        for k in self.keys:
-            lists[k] = []
-            for t in drawn:
-                named = t.format(k.replace("_", " "))
-                lists[k] += [self.say(k, text, named) for text in self.pair()]
-        return self.share(lists)
-
-
-MODES = list(WaffleCLIP.hyperparameters()["mode"][0].__args__)
+    # Names of 2, 1, 1, 1, 3 words, of 3.5, 7, 3, 14, 13/3 letters: 2 words of 6.
+    cut = [word[:6] for word in WORDS]
+    letters = sorted(set("".join(POOL)) - {" ", ",", "."})
+    # Blanks 0, 0, 0, 0, 1 and longest parts of 8, 7, 3, 14, 7: one group of 8 + 1.
+    n = int(2 / 3 * count) if mode == "waffle_and_gpt" else count
+    lists = {}
+    for k in keys:
+        lists[k] = []
+        for _ in range(n):
+            lists[k].append(said(k, f"{one(cut)} {one(cut)}", concept))
+            noise = "".join(one(letters) for _ in range(9))
+            lists[k].append(said(k, noise, concept))
+    chosen = np.random.choice(keys)
+    old, texts = chosen.replace("_", " "), lists[chosen]
+    for k in keys:
+        lists[k] = [text.replace(old, k.replace("_", " ")) for text in texts]
+    if mode == "waffle_and_gpt":
+        for k in keys:
+            drawn = [np.random.choice(OWN[k], 1)[0] for _ in range(2 * n)]
+            lists[k] += [said(k, text, concept) for text in drawn]
+        for k in keys:
+            lists[k] = list(np.random.choice(lists[k], 3 * n, replace=False))
+    return lists
 
 
 def waffle(clip, mode, names=None, **more):
@@ -255,18 +110,104 @@ def waffle(clip, mode, names=None, **more):
     return WaffleCLIP(clip, names, mode=mode, descriptors=DESCRIBED, **options)
 
 
-@pytest.mark.parametrize("mode", MODES)
+def sentences(clip, mode, **more):
+    """``{name: sentences}``"""
+    names = sorted(DESCRIBED)
+    return dict(zip(names, waffle(clip, mode, **more).sentences(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "mode", ["waffle", "waffle_and_gpt", "gpt_descriptions", "clip"]
+)
 @pytest.mark.parametrize("concept", ["", "cat"])
 def test_waffleclip_says_what_the_published_code_says(tiny_clip, mode, concept):
-    before = f"A photo of a {concept}: a " if concept else "A photo of a "
     for repetition in range(7):
-        published = Published(repetition, 4, 2, before)
-        expected = published.make("waffle_mode" if mode == "waffle" else mode)
-        ours = waffle(tiny_clip, mode, concept=concept, repetition=repetition)
-        assert ours.sentences() == [expected[name] for name in sorted(DESCRIBED)]
-    if mode not in ("clip", "gpt_descriptions"):
-        other = waffle(tiny_clip, mode, concept=concept, repetition=7).sentences()
-        assert other != ours.sentences()
+        ours = sentences(tiny_clip, mode, concept=concept, repetition=repetition)
+        assert ours == published(mode, repetition, 4, concept)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_waffleclip_draws_by_its_repetition(tiny_clip, mode):
+    first, same, other = (
+        sentences(tiny_clip, mode, repetition=n, concept="thing") for n in (3, 3, 4)
+    )
+    assert first == same
+    assert (first != other) == (mode not in ("clip", "gpt_descriptions"))
+
+
+def test_waffleclip_without_sharing_or_words(tiny_clip):
+    """Each class has draws of its own; strings alone are of the same letters."""
+    lists = sentences(tiny_clip, "adaptive_waffle", repetition=0)
+    letters = set("".join(POOL)) - set(" ,.")
+    for name, texts in lists.items():
+        start = said(name, "#")[: -len("which has #.")]
+        assert len(texts) == 8 and all(text.startswith(start) for text in texts)
+    ends = {name: [text[-10:] for text in texts] for name, texts in lists.items()}
+    assert len({tuple(texts[1::2]) for texts in ends.values()}) == len(lists)
+    for mode in ("waffle_characters", "adaptive_waffle_characters"):
+        lists = sentences(tiny_clip, mode, repetition=0)
+        ends = {k: [text[-10:-1] for text in texts] for k, texts in lists.items()}
+        for name, texts in lists.items():
+            assert len(texts) == 4 and set("".join(ends[name])) <= letters
+            assert texts == [said(name, end) for end in ends[name]]
+        distinct = {tuple(texts) for texts in ends.values()}
+        assert len(distinct) == (1 if mode == "waffle_characters" else len(lists))
+
+
+def test_waffleclip_tears_descriptors_from_their_classes(tiny_clip):
+    def drawn(mode, **more):
+        """What the sentences of each class were made of."""
+        lists = sentences(tiny_clip, mode, repetition=1, **more)
+        told = {k: {said(k, text): text for text in POOL} for k in lists}
+        return {k: [told[k][text] for text in texts] for k, texts in lists.items()}
+
+    n = 3  # 14 descriptors of 5 classes, rounded up
+    for budget in (1, 2):
+        own = drawn("random_descriptions", budget=budget)
+        one = drawn("shared_random_descriptions", budget=budget)
+        for texts in [*own.values(), *one.values()]:
+            assert len(texts) == n * budget and not Counter(texts) - Counter(POOL)
+        assert len({tuple(texts) for texts in own.values()}) == len(own)
+        assert len({tuple(texts) for texts in one.values()}) == 1
+    for mode in ("random_descriptions", "shared_random_descriptions"):  # all there are
+        assert sorted(drawn(mode, budget=9)["cat"]) == sorted(POOL)
+    swapped = drawn("swapped_descriptions")
+    assert swapped != OWN
+    assert sorted(swapped.values()) == sorted(OWN.values())
+    scrambled = sentences(tiny_clip, "scrambled_descriptions", repetition=1)
+    assert scrambled != {k: [said(k, text) for text in OWN[k]] for k in OWN}
+    for name, texts in scrambled.items():
+        words = " ".join(OWN[name]).replace(".", "").split()
+        for text, original in zip(texts, OWN[name], strict=True):
+            n = len(original.split())
+            end = text.removesuffix(".").split(" ")[-n:] if n else []
+            assert text == said(name, " ".join(end)) and set(end) <= set(words)
+
+
+@pytest.mark.parametrize("concept", ["", "thing"])
+def test_waffleclip_draws_templates(tiny_clip, concept):
+    """Twice as many as pairs, with repetition, in their order, the same for all."""
+    openai = [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    options = {"concept": concept, "repetition": 0}
+    lists, drawn = sentences(tiny_clip, "prompt_ensemble", pairs=60, **options), {}
+    for name, texts in lists.items():
+        topic = f"{concept}: a " if concept else ""
+        all80 = [t.replace("{}", topic + name.replace("_", " ")) for t in openai]
+        drawn[name] = tuple(all80.index(text) for text in texts)
+    assert len(set(drawn.values())) == 1
+    order = drawn["cat"]
+    assert list(order) == sorted(order) and len(order) == 120 and len(set(order)) < 80
+    alone = sentences(tiny_clip, "waffle", **options)
+    both = sentences(tiny_clip, "waffle_and_prompt_ensemble", **options)
+    facts = sentences(tiny_clip, "gpt_descriptions_and_prompt_ensemble", **options)
+    texts = {t.replace("{}", topic + "cat") for t in openai}
+    for lists, part in [
+        (both, alone),
+        (facts, published("gpt_descriptions", 0, 4, concept)),
+    ]:
+        more = Counter(lists["cat"]) - Counter(part["cat"])
+        assert more.total() == 8 and set(more) <= texts
+        assert len(lists["cat"]) == len(part["cat"]) + 8
 
 
 def test_waffleclip_counts_names_as_they_are_spelt(tiny_clip):
@@ -290,19 +231,10 @@ def test_waffleclip_counts_names_as_they_are_spelt(tiny_clip):
 
 def test_waffleclip_draws_from_the_list_with_its_repetitions(tiny_clip):
     facts = {"a": ["same"] * 9 + ["rare"], "b": ["same"] * 10}
-    method = WaffleCLIP(
-        tiny_clip, ["a", "b"], mode="shared_random_descriptions", descriptors=facts
-    )
-    drawn = method.sentences()[0]
-    assert len(drawn) == 10 and sum("same" in text for text in drawn) >= 9
-    more = WaffleCLIP(
-        tiny_clip,
-        ["a", "b"],
-        mode="shared_random_descriptions",
-        descriptors=facts,
-        budget=3,
-    )
-    assert len(more.sentences()[0]) == 30  # with replacement beyond the list
+    for mode in ("random_descriptions", "shared_random_descriptions"):
+        method = WaffleCLIP(tiny_clip, ["a", "b"], mode=mode, descriptors=facts)
+        for drawn in method.sentences():
+            assert len(drawn) == 10 and sum("same" in text for text in drawn) >= 9
 
 
 def test_waffleclip_keeps_the_sentences_of_classes_it_aims_at(tiny_clip):
@@ -327,18 +259,14 @@ def test_waffleclip_texts_around_name_and_descriptor(tiny_clip):
         "label_before_text": "A sketch of ",
         "descriptor_separator": "; ",
         "label_after_text": "!",
-        "pre_descriptor_text": "Look: ",
     }
     one = WaffleCLIP.from_official(tiny_clip, ["a_b"], options)
-    assert one.sentences() == [["Look: A sketch of a b; which has round!"]]
-    options["dont_apply_descriptor_modification"] = True
-    bare = WaffleCLIP.from_official(tiny_clip, ["a_b"], options)
-    assert bare.sentences() == [["Look: A sketch of a b; round!"]]
+    assert one.sentences() == [["A sketch of a b; which has round!"]]
     merged = {"merge_predictions": True, "aggregate": "max"}
     assert WaffleCLIP.from_official(tiny_clip, ["a_b"], merged).aggregate == "merge"
 
 
-def test_waffleclip_takes_the_scripts_concepts(tiny_clip):
+def test_waffleclip_takes_the_papers_concepts(tiny_clip):
     for dataset, said in {
         "eurosat": "A photo of a land use: a ",
         "food101": "A photo of a food: a ",
@@ -349,7 +277,7 @@ def test_waffleclip_takes_the_scripts_concepts(tiny_clip):
         method = build("waffleclip", tiny_clip, NAMES, concept=None)
         method.aim(toy)
         assert method.sentences()[0][0].startswith(f"{said}{method.classnames[0]}, ")
-        plain = build("waffleclip", tiny_clip, NAMES)  # the scripts without concepts
+        plain = build("waffleclip", tiny_clip, NAMES)  # without a concept
         plain.aim(toy)
         assert plain.sentences()[0][0].startswith(f"A photo of a {NAMES[0]}, ")
 
@@ -388,6 +316,7 @@ def test_waffleclip_takes_the_scripts_concepts(tiny_clip):
         ("tpt", {"host": {"n_ctx": 8}}, "n_ctx must be the number of words"),
         ("waffleclip", {"mode": "clip", "pairs": 3}, "does not read pairs"),
         ("waffleclip", {"budget": 2}, "mode 'waffle' does not read budget"),
+        ("waffleclip", {"mode": "waffle_and_gpt", "pairs": 1}, "pairs must be at lea"),
         ("waffleclip", {"mode": "waffle_characters", "words": ["x"]}, "not read words"),
     ],
 )
@@ -416,8 +345,8 @@ def test_lengths_follow_from_the_words_or_are_given(tiny_clip):
 
 def test_official_options_load_as_the_official_code_does(tiny_clip):
     """Words win over the configured length and over class-specific contexts."""
-    options = {"N_CTX": 16, "CTX_INIT": "a photo of a", "CSC": True, "PREC": "fp16"}
-    coop = CoOp.from_official(tiny_clip, NAMES, options)
+    options = {"N_CTX": 16, "CTX_INIT": "a photo of a", "CSC": True}
+    coop = CoOp.from_official(tiny_clip, NAMES, options | {"PREC": "fp16"})
     assert coop.context.vectors.shape == (4, tiny_clip.width)
     free = CoOp.from_official(tiny_clip, NAMES, options | {"CTX_INIT": None})
     assert free.context.vectors.shape == (len(NAMES), 16, tiny_clip.width)
@@ -432,8 +361,6 @@ def test_official_options_load_as_the_official_code_does(tiny_clip):
         InputError, match="unknown official dataset 'EuroSATT'.*EuroSAT"
     ):
         KgCoOp.from_official(tiny_clip, NAMES, {"DATASET": "EuroSATT"})
-    with pytest.raises(InputError, match="NAME must be 'prograd'"):
-        ProGrad.from_official(tiny_clip, NAMES, {"NAME": "kd"})
     for name, cls in methods().items():
         if not cls.plugin:
             with pytest.raises(InputError, match=f"hyperparameter of {name} 'N_CTZ'"):
@@ -442,24 +369,21 @@ def test_official_options_load_as_the_official_code_does(tiny_clip):
         TPT.from_official(tiny_clip, NAMES, {"tta_step": 1})
 
 
-def test_ivlp_in_one_tower_from_official_options(tiny_clip):
-    """MaPLe's repository: deep language prompting, and VPT, whose classes are
-    frozen.
-    """
+def test_ivlp_in_one_tower(tiny_clip):
+    """Deep language prompting, and deep vision prompting, whose classes are frozen."""
     language = {
-        "N_CTX_VISION": 0,
-        "N_CTX_TEXT": 4,
-        "CTX_INIT": "a photo of a",
-        "PROMPT_DEPTH_VISION": 0,
-        "PROMPT_DEPTH_TEXT": 2,
+        "n_ctx_vision": 4,
+        "n_ctx_text": 4,
+        "ctx_init": "a photo of a",
+        "prompt_depth_vision": 0,
+        "prompt_depth_text": 2,
     }
     text = IVLP.from_official(tiny_clip, NAMES, language)
     assert len(text.vision) == 0 and len(text.deep) == 1 and text.reads == "features"
-    vision = {"N_CTX_VISION": 8, "CTX_INIT": "a photo of a", "PROMPT_DEPTH_VISION": 2}
-    vpt = IVLP.from_official(tiny_clip, NAMES, vision)
-    assert vpt.context is None and [p.shape[0] for p in vpt.vision] == [8, 8]
+    vision = IVLP(tiny_clip, NAMES, n_ctx_vision=8, depth=0, depth_vision=2)
+    assert vision.context is None and [len(p) for p in vision.vision] == [8, 8]
     zero_shot = build("clip", tiny_clip, NAMES)
-    torch.testing.assert_close(vpt.text_features(), zero_shot.text_features())
+    torch.testing.assert_close(vision.text_features(), zero_shot.text_features())
     long = IVLP.from_official(tiny_clip, NAMES, {"n_ctx_text": 6, "ctx_init": "a b"})
     assert long.context.vectors.shape[0] == 6  # the words are dropped
 
@@ -467,10 +391,12 @@ def test_ivlp_in_one_tower_from_official_options(tiny_clip):
 def test_promptsrc_tells_a_plain_loss_from_its_own(tiny_clip):
     plain = PromptSRC.from_official(tiny_clip, NAMES, {"loss": "cross-entropy"})
     assert not any(plain.weights) and plain.averaging == "last"
-    own = {"loss": "its own", "TEXT_LOSS_WEIGHT": 25, "GPA_MEAN": 6, "GPA_STD": 10}
+    own = {"loss": "its own", "text_loss_weight": 25, "gpa_mean": 6, "gpa_std": 10}
     whole = PromptSRC.from_official(tiny_clip, NAMES, own)
     assert whole.weights == (25, 10.0, 1.0) and whole.averaging == "gaussian"
     assert (whole.gpa_mean, whole.gpa_std) == (6 / 20, 10 / 20)
+    short = PromptSRC.from_official(tiny_clip, NAMES, own | {"max_epoch": 40})
+    assert (short.gpa_mean, short.gpa_std) == (6 / 40, 10 / 40)
 
 
 def test_promptsrc_averages_a_plugin_s_parameters_too(tiny_clip):
@@ -516,6 +442,11 @@ def test_tpt_places_the_class_name_as_the_published_code_does(tiny_clip):
         context = TPT.from_official(tiny_clip, NAMES, options).host.context
         assert (context.position, context.length) == (position, length)
         assert half is None or context._half == half
+    split = {"ctx_init": "a photo of a", "split_idx": 1}  # the name ends the prompt
+    assert TPT.from_official(tiny_clip, NAMES, split).host.context.position == "end"
+    with pytest.raises(InputError, match="split_idx must be left out"):
+        bare = {"split_idx": 1, "class_token_position": "middle"}
+        TPT.from_official(tiny_clip, NAMES, bare)
     with pytest.raises(InputError, match="learned_cls"):
         TPT.from_official(tiny_clip, NAMES, {"learned_cls": True})
     with pytest.raises(InputError, match="unknown host"):

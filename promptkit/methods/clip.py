@@ -46,15 +46,16 @@ class CLIP(Method):
     from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "template": "template",
-        "templates": "template",
         "dataset": None,
         "ensemble_templates": None,
     }
     published = {
         protocol: Published(
-            ("RN50", "RN101", "ViT-B-32", "ViT-B-16", "ViT-L-14"),
+            ("ViT-B-16",)
+            if protocol in ("base-to-new", "cross-dataset")
+            else ("RN50", "RN101", "ViT-B-32", "ViT-B-16"),
             (),
-            "CoOp: `trainers/zsclip.py`, `scripts/coop/zeroshot.sh`",
+            "CoOp: its zero-shot CLIP",
             "One template a dataset.",
         )
         for protocol in PROTOCOLS

@@ -72,7 +72,7 @@ class CoCoOp(Method):
         protocol: Published(
             ("ViT-B-16",),
             (16,),
-            "CoOp: `configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml`",
+            "CoOp: its runs of CoCoOp",
             "The same 10 epochs of single images.",
             extrapolation=protocol == "few-shot",
         )

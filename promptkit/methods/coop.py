@@ -60,23 +60,23 @@ class CoOp(Method):
         "few-shot": Published(
             ("RN50", "RN101", "ViT-B-32", "ViT-B-16"),
             (1, 2, 4, 8, 16),
-            "CoOp: COOP.md, `configs/trainers/CoOp/rn50*.yaml`",
+            "CoOp: its few-shot runs (`COOP.md`)",
             "16 random vectors, the class name at the end. The documented runs and"
             " figures are RN50's.",
         ),
         "base-to-new": Published(
             ("ViT-B-16",),
             (16,),
-            "CoOp: `configs/trainers/CoOp/vit_b16_ctxv1.yaml`",
-            'The CoCoOp paper\'s run of CoOp: 4 vectors from "a photo of a".',
+            "CoOp: as run in the CoCoOp paper",
+            '4 vectors from "a photo of a", 200 epochs, of ImageNet 50.',
         ),
     } | transfer(
         Published(
             ("ViT-B-16",),
             (16,),
-            "CoOp: `configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml`",
-            "The CoCoOp paper's run of CoOp, 4 vectors from words, which every later"
-            " table quotes; CoOp's own script has 16 random vectors.",
+            "CoOp: as run in the CoCoOp paper",
+            "4 vectors from words, 50 epochs, which every later table quotes; CoOp's"
+            " own script has 16 random vectors.",
         )
     )
 

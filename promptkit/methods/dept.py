@@ -3,8 +3,8 @@
 DePT: Decoupled Prompt Tuning; Zhang et al., CVPR 2024; arXiv 2309.07439.
 
 Hosts in the published code are CoOp, CoCoOp, KgCoOp and MaPLe; over others, PromptSRC
-among them, the same rule is applied here (the paper reports PromptSRC, but its code is
-not public).
+among them, the same rule is applied here (the paper reports PromptSRC, but its
+repository does not hold it).
 
 Deviations: everything is float32 by default, where the paper's runs keep CLIP's
 weights, the host's context and the head in half precision; which head answers is
@@ -29,9 +29,10 @@ from promptkit.published import Published
 RUN = Published(
     ("ViT-B-16",),
     (16,),
-    "DePT: `train.py`, `configs/trainers/`",
+    "DePT: its runs over each host",
     "10 epochs over CoOp, CoCoOp, KgCoOp and MaPLe, batches of 4 at 0.0035 (CoCoOp: 1"
-    " at 0.002). Over PromptSRC, whose code is not public, PromptSRC's own settings.",
+    " at 0.002). Over PromptSRC, which is not in its repository, PromptSRC's own"
+    " settings.",
 )
 
 
@@ -90,7 +91,7 @@ class DePT(Plugin):
         "FILM": "film",
         "HEAD": "head",
         "TEST_TIME_FUSION": "fusion",
-        "WEIGHT": "lam",  # so called in the published configuration,
+        "WEIGHT": "lam",  # these four as the published configuration says
         "LINEAR_PROBE": "film",
         "TYPE": "head",
         "LR_EXP": "lr_factor",

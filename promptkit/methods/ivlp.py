@@ -59,19 +59,13 @@ class IVLP(Method):
         "prompt_depth_text": "depth",
         "prompt_depth_vision": "depth_vision",
         "ctx_init": "init",
-        "N_CTX_TEXT": "n_ctx",
-        "N_CTX_VISION": "n_ctx_vision",
-        "PROMPT_DEPTH_TEXT": "depth",
-        "PROMPT_DEPTH_VISION": "depth_vision",
-        "CTX_INIT": "init",
         "loss": None,  # described, never chosen: cross-entropy
-        "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
         "base-to-new": Published(
             ("ViT-B-16",),
             (16,),
-            "PromptSRC: `configs/trainers/IVLP/vit_b16_c2_ep20_batch4_4+4ctx.yaml`",
+            "PromptSRC: its configuration of IVLP",
             "PromptSRC's IVLP. The MaPLe paper's is another: 2+2 tokens, depth 12, rate"
             " 0.0035, 5 epochs; its deep language prompts are 4 tokens and its deep"
             " vision prompts 8, both of depth 12, rate 0.0025, 5 epochs.",
@@ -79,7 +73,7 @@ class IVLP(Method):
         "few-shot": Published(
             ("ViT-B-16",),
             (1, 2, 4, 8, 16),
-            "PromptSRC: `vit_b16_c2_ep50_batch4_4+4ctx_few_shot.yaml`",
+            "PromptSRC: its few-shot runs",
             "PromptSRC's 50 epochs without its regularisers.",
             extrapolation=True,
         ),
@@ -87,7 +81,7 @@ class IVLP(Method):
         Published(
             ("ViT-B-16",),
             (16,),
-            "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx_cross_datasets.yaml`",
+            "PromptSRC: its configuration `...ep20...cross_datasets`",
             "PromptSRC's depth 3 without its regularisers.",
             extrapolation=True,
         )
@@ -157,23 +151,12 @@ class IVLP(Method):
 
     @classmethod
     def official_hparams(cls, hyperparameters):
-        """As for any method; no tokens in a tower are no prompts there. Options of the
-        image tower alone are those of deep vision prompting (MaPLe's VPT trainer),
-        whose classes are frozen.
+        """As for any method; with more than 4 tokens the published code drops the
+        words, and without vision prompts their length says nothing.
         """
         ours = overwritten(super().official_hparams(hyperparameters))
-        if {"depth_vision", "n_ctx_vision"} & set(ours) and not {
-            "depth",
-            "n_ctx",
-        } & set(ours):
-            ours["depth"] = 0
-        for depth, others in (
-            ("depth", ("n_ctx", "init")),
-            ("depth_vision", ("n_ctx_vision",)),
-        ):
-            if ours.get(depth) == 0 or ours.get(others[0]) == 0:
-                ours[depth] = 0
-                ours = {k: v for k, v in ours.items() if k not in others}
+        if ours.get("depth_vision") == 0:
+            ours.pop("n_ctx_vision", None)
         return ours
 
     @classmethod

@@ -77,28 +77,27 @@ class KgCoOp(CoOp):
         "handcrafted_template": "template",
         "dataset": None,  # stands for its template, see official_hparams
         "DATASET": None,
-        "CLASS_TOKEN_POSITION": None,  # read, and never used: the name ends the prompt
-        "ALPHA": None,  # read by no line
-        "PREC": None,  # the backbone's: load_clip(precision=...)
+        "CLASS_TOKEN_POSITION": None,  # ignored: the name ends the prompt
     }
     published = {
         "base-to-new": Published(
             ("ViT-B-16",),
             (16,),
-            "KgCoOp: `scripts/base2new_train.sh`, `vit_b16_ep100_ctxv1.yaml`",
+            "KgCoOp: its base-to-new runs",
             "100 epochs, batches of 128, weight 8.",
         ),
         "few-shot": Published(
             ("ViT-B-16",),
             (4,),
-            "KgCoOp: `scripts/xd_train.sh`, `vit_b16_ep100_ctxv1.yaml`",
-            "4 shots of all classes; other numbers of shots are an extrapolation.",
+            "KgCoOp: its script `xd_train`",
+            "The settings of base-to-new. The script trains on all classes at 4 shots.",
+            extrapolation=True,
         ),
     } | transfer(
         Published(
             ("ViT-B-16",),
             (4,),
-            "KgCoOp: `scripts/xd_train.sh`, `vit_b16_ep100_ctxv1.yaml`",
+            "KgCoOp: its script `xd_train`",
             "The settings of base-to-new. The script trains on ImageNet at 4 shots, the"
             " paper's table says 16.",
             extrapolation=True,

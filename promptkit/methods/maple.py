@@ -68,13 +68,13 @@ class MaPLe(Method):
         "base-to-new": Published(
             ("ViT-B-16",),
             (16,),
-            "MaPLe: `configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml`",
+            "MaPLe: its base-to-new runs",
             "The same.",
         ),
         "few-shot": Published(
             ("ViT-B-16",),
             (16,),
-            "MaPLe: `configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml`",
+            "MaPLe: its base-to-new runs",
             "The 5 epochs of base-to-new: on EuroSAT with one shot 10 steps, 2 of them"
             " at the warm-up rate. The few-shot numbers of later papers are theirs.",
             extrapolation=True,
@@ -83,7 +83,7 @@ class MaPLe(Method):
         Published(
             ("ViT-B-16",),
             (16,),
-            "MaPLe: `vit_b16_c2_ep5_batch4_2ctx_cross_datasets.yaml`",
+            "MaPLe: its cross-dataset runs",
             "Depth 3, 2 epochs, rate 0.0026.",
         )
     )

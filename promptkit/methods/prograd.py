@@ -92,37 +92,33 @@ class ProGrad(CoOp):
         "CLASS_TOKEN_POSITION": "position",
         "template": "template",
         "dataset": None,  # stands for its template, see official_hparams
-        "DATASET": None,
-        "NAME": None,  # of the loss; others than ProGrad's are refused
-        "ALPHA": None,  # of another loss, plain distillation
-        "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
         "few-shot": Published(
             ("RN50",),
             (1, 2, 4, 8, 16),
-            "ProGrad: `scripts/prograd.sh`, `configs/trainers/ProGrad/rn50*.yaml`",
+            "ProGrad: its few-shot script",
             "Lambda is 1, as in the script, and 0.8 with 8 and 16 shots of Flowers102,"
             " DTD and EuroSAT, as the readme says.",
         ),
         "base-to-new": Published(
             ("RN50",),
             (4,),
-            "ProGrad: `scripts/base2new_train_prograd.sh`, `rn50_ep100.yaml`",
+            "ProGrad: its base-to-new script",
             "The same 100 epochs. Its ViT-B/16 rows with 16 shots in other papers are"
             " reruns of theirs.",
         ),
         "domain-generalization": Published(
             ("RN50",),
             (4,),
-            "ProGrad: `scripts/eval.sh`, `rn50_ep50.yaml`",
+            "ProGrad: its evaluation script",
             "The same 50 epochs on ImageNet.",
         ),
         "cross-dataset": Published(
             ("RN50",),
             (4,),
-            "ProGrad: `rn50_ep50.yaml`",
-            "The settings of domain generalization: there is no script.",
+            "ProGrad: its evaluation script",
+            "The settings of domain generalization: there is no other script.",
             extrapolation=True,
         ),
     }
@@ -221,18 +217,13 @@ class ProGrad(CoOp):
     def official_hparams(cls, hyperparameters):
         """As for any method; any true CTX_INIT means the words of the template, and a
         dataset stands for its template.
-
-        Raises:
-            InputError: a name is unknown, or the loss is another one.
         """
-        loss = hyperparameters.get("NAME") or "prograd"
-        expect(loss == "prograd", "NAME", loss, "'prograd', the only loss here")
         words = bool(hyperparameters.get("CTX_INIT", True))
         if "CTX_INIT" in hyperparameters:
             hyperparameters = hyperparameters | {"CTX_INIT": words}
         names = {k: v for k, v in hyperparameters.items() if k != "CSC" or not words}
         ours = super(CoOp, cls).official_hparams(names)
-        dataset = hyperparameters.get("DATASET", hyperparameters.get("dataset"))
+        dataset = names.get("dataset")
         if dataset and not ours.get("template"):
             ours["template"] = TEMPLATES.get(dataset_of(dataset), "a photo of a {}.")
         return {name: value for name, value in ours.items() if value is not None}

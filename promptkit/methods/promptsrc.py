@@ -81,30 +81,25 @@ class PromptSRC(IVLP):
         "gpa_mean": "gpa_mean",
         "gpa_std": "gpa_std",
         "max_epoch": None,  # the unit of the two before, see official_hparams
-        "TEXT_LOSS_WEIGHT": "text_weight",
-        "IMAGE_LOSS_WEIGHT": "image_weight",
-        "GPA_MEAN": "gpa_mean",
-        "GPA_STD": "gpa_std",
-        "MAX_EPOCH": None,
     }
     published = {
         "base-to-new": Published(
             ("ViT-B-16",),
             (16,),
-            "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx.yaml`",
+            "PromptSRC: its base-to-new runs",
             "The same.",
         ),
         "few-shot": Published(
             ("ViT-B-16",),
             (1, 2, 4, 8, 16),
-            "PromptSRC: `vit_b16_c2_ep50_batch4_4+4ctx_few_shot.yaml`",
-            "The same, with the script's two averages by dataset.",
+            "PromptSRC: its few-shot runs",
+            "The same, with its two averages by dataset.",
         ),
     } | transfer(
         Published(
             ("ViT-B-16",),
             (16,),
-            "PromptSRC: `vit_b16_c2_ep20_batch4_4+4ctx_cross_datasets.yaml`",
+            "PromptSRC: its configuration `...ep20...cross_datasets`",
             "The same. The script names a configuration of 5 epochs that does not"
             " exist, and its test loads epoch 20.",
         )
@@ -230,10 +225,9 @@ class PromptSRC(IVLP):
         regulariser, are IVLP's: it has none, and tests the last epoch.
         """
         ours = super().official_hparams(hyperparameters)
-        epochs = hyperparameters.get("max_epoch", hyperparameters.get("MAX_EPOCH"))
         for name in ("gpa_mean", "gpa_std"):
             if name in ours:
-                ours[name] = ours[name] / (epochs or 20)
+                ours[name] = ours[name] / hyperparameters.get("max_epoch", 20)
         weights = ("text_weight", "image_weight", "logit_weight")
         if "loss" in hyperparameters and not set(weights) & set(ours):
             ours |= dict.fromkeys(weights, 0.0) | {"averaging": "last"}

@@ -94,9 +94,6 @@ class TPT(Plugin):
         "selection_p": "selection",
         "tta_steps": "steps",
         "n_views": "views",
-        "batch_size": "views",  # so called in the published script
-        "lr": "step_size",
-        "weight_decay": "decay",
         "augmix": "augmix",
         "severity": "severity",
         "n_selected": None,  # follows from views and selection
@@ -111,7 +108,7 @@ class TPT(Plugin):
         protocol: Published(
             ("RN50", "ViT-B-16"),
             (16,),
-            "TPT: `tpt_classification.py`, `scripts/test_tpt*.sh`",
+            "TPT: its scripts",
             note + " The scripts' default is RN50 and their seed 0. Over CoOp they want"
             " a context of 4 vectors.",
             extrapolation=not note.startswith("ImageNet"),
@@ -307,20 +304,19 @@ class TPT(Plugin):
             extended = CoCoOp(clip, classnames, init=words.replace("_", " "))
             return cls(clip, classnames, host=extended, **own, **objects)
         words = words.replace("_", " ").split()
+        position = hyperparameters.get("class_token_position") or "end"
         split = hyperparameters.get("split_idx")
-        if words and split is not None and "[CLS]" not in words:
+        if position == "middle" and split is not None and "[CLS]" not in words:
+            expect(words, "split_idx", split, "left out where no words are split")
             words.insert(split, "[CLS]")
-        marked = "[CLS]" in words  # wins over the position, as in the published code
+        if "[CLS]" in words:
+            position = "middle"
         extended = CoOp(
             clip,
             classnames,
             n_ctx=None if words else hyperparameters.get("n_ctx") or 4,
             init=" ".join(words),
-            position=(
-                "middle"
-                if marked
-                else hyperparameters.get("class_token_position") or "end"
-            ),
+            position=position,
         )
         return cls(clip, classnames, host=extended, **own, **objects)
 

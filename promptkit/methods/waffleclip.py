@@ -8,11 +8,13 @@ Deviations: scores are multiplied by CLIP's logit scale; features are float32 by
 default, where the published runs use half precision. The published lists of words and
 descriptors do not come with this package: without ``words`` random words are the most
 frequent ones of CLIP's own vocabulary, and without descriptors random strings are of
-the letters a to z. With them, the sentences are those of the published code, word by
-word, in each of its modes.
+the letters a to z. With them, "waffle" and "waffle_and_gpt" say the published
+sentences, word by word; the other modes draw in an order of our own, and those with
+templates join the sentences of both parts.
 """
 
 import math
+import re
 import string
 from functools import cached_property
 from typing import Literal
@@ -28,9 +30,10 @@ from promptkit.published import Published
 from promptkit.recipe import PROTOCOLS, Recipe
 
 N_WORDS = 4330  # of the default list; the published one is as long
+TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]  # 80
 
-# What the published scripts call all classes of a dataset; ImageNet and DTD, too
-# diverse, have no such word.
+# What the paper calls all classes of a dataset; ImageNet and DTD, too diverse, have no
+# such word.
 CONCEPTS = {
     "cub": "bird",
     "eurosat": "land use",
@@ -38,33 +41,13 @@ CONCEPTS = {
     "oxford_pets": "breed",
     "places365": "place",
 }
-
-ENSEMBLES = (  # OpenAI's 80 templates in the place of "A photo of a "
-    "prompt_ensemble",
-    "context_prompt_ensemble",
-    "gpt_descriptions_and_prompt_ensemble",
-    "waffle_and_prompt_ensemble",
-)
-BUDGETED = (
-    "random_descriptions",
-    "shared_random_descriptions",
-    "random_description_words",
-    "shared_random_description_words",
-)
-CHARACTERS = ("waffle_characters", "adaptive_random_characters")
-WORDED = (
-    "waffle",
-    "waffle_and_gpt",
-    "waffle_and_prompt_ensemble",
-    "adaptive_randomness",
-    "adaptive_randomness_and_gpt_descriptions",
-)
-# The options that one mode reads and another does not.
-READ_BY = {
-    "pairs": (*ENSEMBLES, *CHARACTERS, *WORDED),
-    "budget": BUDGETED,
-    "words": WORDED,
-}
+WORDED = ("waffle", "adaptive_waffle", "waffle_and_gpt", "waffle_and_prompt_ensemble")
+LETTERED = ("waffle_characters", "adaptive_waffle_characters")
+TEMPLATED = ("prompt_ensemble", "gpt_descriptions_and_prompt_ensemble")
+RANDOM = ("random_descriptions", "shared_random_descriptions")
+OWN = ("gpt_descriptions", "swapped_descriptions", "scrambled_descriptions")
+# Options that one mode reads and another does not.
+READ_BY = {"pairs": WORDED + LETTERED + TEMPLATED, "budget": RANDOM, "words": WORDED}
 
 
 @register
@@ -80,32 +63,28 @@ class WaffleCLIP(Method):
 
     Random strings have as many groups of characters, and random words as many words, as
     the names of the classes have words on average. The groups are counted at blanks
-    alone, in the names as ``descriptors`` spells them: an underscore there is a letter,
-    as in the published code. Draws run over the classes in the order of the
-    descriptors, where these cover all classes, and their sentences alone are kept.
+    alone, in the names as ``descriptors`` spells them: an underscore there is a letter.
+    Draws run over the classes in the order of the descriptors, where these cover all.
 
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
         mode: what the sentences say. "waffle"; "waffle_characters": random strings
-            alone; "clip": nothing; "gpt_descriptions": the descriptors of the class;
-            "waffle_and_gpt": a mixture of both; and of descriptors torn from their
+            alone; "adaptive_waffle", "adaptive_waffle_characters": the same, drawn for
+            each class; "clip": nothing; "gpt_descriptions": the descriptors of the
+            class; "waffle_and_gpt": a mixture of both. Of descriptors torn from their
             classes: "random_descriptions": each class draws from all,
             "shared_random_descriptions": one draw for all classes,
-            "random_description_words" and "shared_random_description_words": the same
-            of sentences of random words of all descriptors, "swapped_descriptions":
-            each class has those of another, "scrambled_descriptions": the words of its
-            own, drawn anew. Not shared by all classes: "adaptive_randomness",
-            "adaptive_random_characters", "adaptive_randomness_and_gpt_descriptions".
-            Of OpenAI's 80 templates, drawn with repetition: "prompt_ensemble",
-            "context_prompt_ensemble" (with the concept),
-            "gpt_descriptions_and_prompt_ensemble", "waffle_and_prompt_ensemble".
+            "swapped_descriptions": each class has those of another,
+            "scrambled_descriptions": the words of its own, drawn anew. Of OpenAI's 80
+            templates, drawn with repetition: "prompt_ensemble",
+            "waffle_and_prompt_ensemble", "gpt_descriptions_and_prompt_ensemble".
         concept: what all classes are, for "A photo of a [concept]: a [class]"; empty:
-            none. None: what the published scripts call those of the dataset that it is
-            aimed at, see `CONCEPTS`.
+            none. None: that of the dataset that it is aimed at, see `CONCEPTS`.
         pairs: random words and random strings, so many of each; of templates twice as
             many.
-        budget: of random descriptors, in units of the mean number of a class.
+        budget: of random descriptors, in units of the mean number of a class; at most
+            all are drawn.
         repetition: of the random draws; the published ones are 0 to 6. None: one less
             than the seed that the method is built with, so that seeds 1 to 7 are those.
         descriptors: ``{class name: [descriptor, ...]}``. None: those of the dataset
@@ -115,8 +94,6 @@ class WaffleCLIP(Method):
         aggregate: "mean" or "max" of the cosines, or "merge": the cosine with the
             normalised mean.
         before, separator, after: the texts around class name and descriptor.
-        preface: a text in front of sentences with a descriptor.
-        clauses: write "which has", "which is" or "which" before a descriptor.
 
     Raises:
         InputError: a hyperparameter does not fit or the mode does not read it, or the
@@ -135,11 +112,9 @@ class WaffleCLIP(Method):
     }
     official_hyperparameters = {
         "mode": "mode",
-        "concept": "concept",
         "waffle_count": "pairs",
         "randomization_budget": "budget",
         "rep": "repetition",
-        "reps": "repetition",  # one of them: a method has one
         "aggregate": "aggregate",
         "merge_predictions": None,  # "merge", whatever the aggregate
         "descriptors": "descriptors",
@@ -147,22 +122,16 @@ class WaffleCLIP(Method):
         "label_before_text": "before",
         "label_after_text": "after",
         "descriptor_separator": "separator",
-        "pre_descriptor_text": "preface",
-        "apply_descriptor_modification": "clauses",
-        "dont_apply_descriptor_modification": None,  # its opposite
-        "concept_label_before_text": None,  # of a run with a concept: concept
-        "seed": None,  # each repetition sets its own
-        "vmf_scale": None,  # read by no line
+        "concept_label_before_text": None,  # the other's value in a run with a concept
     }
     published = {
         protocol: Published(
             ("RN50", "ViT-B-32", "ViT-L-14"),
             (),
-            "WaffleCLIP: `replicate_key_runs.sh`",
-            "All classes, torchvision's splits, 7 repetitions. 15 pairs, without a"
-            " concept; `concept=None` takes the scripts' (EuroSAT: land use, Food101:"
-            " food, OxfordPets: breed). Words and letters differ unless the published"
-            " lists are given.",
+            "WaffleCLIP: its runs of 15 pairs",
+            "All classes, torchvision's splits, 7 repetitions. Without a concept;"
+            " `concept=None` takes the paper's. Words and letters differ unless the"
+            " published lists are given.",
             extrapolation=protocol == "base-to-new",
         )
         for protocol in PROTOCOLS
@@ -173,26 +142,7 @@ class WaffleCLIP(Method):
         clip,
         classnames,
         *,
-        mode: Literal[
-            "waffle",
-            "waffle_characters",
-            "clip",
-            "gpt_descriptions",
-            "waffle_and_gpt",
-            "random_descriptions",
-            "shared_random_descriptions",
-            "swapped_descriptions",
-            "scrambled_descriptions",
-            "random_description_words",
-            "shared_random_description_words",
-            "adaptive_randomness",
-            "adaptive_random_characters",
-            "adaptive_randomness_and_gpt_descriptions",
-            "prompt_ensemble",
-            "context_prompt_ensemble",
-            "gpt_descriptions_and_prompt_ensemble",
-            "waffle_and_prompt_ensemble",
-        ] = "waffle",
+        mode: Literal["clip", *WORDED, *LETTERED, *TEMPLATED, *RANDOM, *OWN] = "waffle",
         concept: str | None = "",
         pairs: int = 15,
         budget: int = 1,
@@ -203,20 +153,15 @@ class WaffleCLIP(Method):
         before: str = "A photo of a ",
         separator: str = ", ",
         after: str = ".",
-        preface: str = "",
-        clauses: bool = True,
     ):
         super().__init__(clip, classnames)
-        expect(pairs >= 1, "pairs", pairs, "at least 1")
+        least = 2 if mode == "waffle_and_gpt" else 1  # two thirds of 1 are none
+        expect(pairs >= least, "pairs", pairs, f"at least {least}")
         expect(budget >= 1, "budget", budget, "at least 1")
         expect(words is None or len(words) > 0, "words", words, "one word or more")
         fits = repetition is None or 0 <= repetition < 2**32
         expect(fits, "repetition", repetition, "from 0 to 4294967295")
-        given = {
-            "pairs": pairs != 15,
-            "budget": budget != 1,
-            "words": words is not None,
-        }
+        given = {"pairs": pairs != 15, "budget": budget != 1, "words": words}
         idle = [name for name in given if given[name] and mode not in READ_BY[name]]
         if idle:
             raise InputError(
@@ -225,9 +170,7 @@ class WaffleCLIP(Method):
             )
         self.mode, self.aggregate = mode, aggregate
         self.pairs, self.budget, self.words = pairs, budget, words
-        self.opening = before
-        self.separator, self.after = separator, after
-        self.preface, self.clauses = preface, clauses
+        self.opening, self.separator, self.after = before, separator, after
         if repetition is None:
             repetition = max(torch.initial_seed() - 1, 0) % 2**32
         self.register_buffer("repetition", torch.tensor(repetition))
@@ -245,22 +188,22 @@ class WaffleCLIP(Method):
 
     def sentences(self) -> list[list[str]]:
         """The sentences of each class."""
-        rows = {spoken(key): key for key in self.descriptors}
-        covered = all(name in rows for name in self.classnames)
-        keys = list(self.descriptors) if covered else self.classnames
+        keys = list(self.descriptors)
+        if not {*map(spoken, keys)} >= {*self.classnames}:
+            keys = self.classnames
         lists = self._lists(keys, np.random.RandomState(int(self.repetition)))
         at = {spoken(key): i for i, key in enumerate(keys)}
         return [lists[at[name]] for name in self.classnames]
 
     def text_features(self, image_features=None):
         """The mean of each class's normalised sentence features, (C, E): its cosine is
-        not 1 with any of them.
+        not 1 with any of them. With "max" the features themselves, (n_c, E) each.
         """
         lists = self.sentences()
         features = F.normalize(
             self.clip.encode_text([text for texts in lists for text in texts]), dim=-1
         )
-        parts = features.split([len(texts) for texts in lists])  # (n_c, E) each
+        parts = features.split([len(texts) for texts in lists])
         if self.aggregate == "max":
             return parts
         return torch.stack([part.mean(dim=0) for part in parts])
@@ -274,64 +217,44 @@ class WaffleCLIP(Method):
             cosine = image @ (F.normalize(text, dim=-1) if merge else text).T
         return self.clip.logit_scale * cosine
 
-    # --- the sentences of each mode, in the order of the published draws --------------
+    # --- the sentences of each mode ---------------------------------------------------
 
     def _lists(self, keys: list[str], rng) -> list[list[str]]:
         """The sentences for each of the names ``keys``."""
-        names, mode, pairs = [spoken(key) for key in keys], self.mode, self.pairs
+        mode, names = self.mode, [spoken(key) for key in keys]
         if mode == "clip":
             return [[f"{self.before}{name}{self.after}"] for name in names]
-        if mode in ("prompt_ensemble", "context_prompt_ensemble"):
-            drawn = templates(rng, 2 * pairs)
-            topic = self.before.split("A photo of a ")[-1].split(":")[0] + ": a "
-            topic = topic if mode == "context_prompt_ensemble" else ""
-            return [
-                [t.replace("{}", topic + name) + self.after for t in drawn]
-                for name in names
-            ]
-        alphabet = self._alphabet(keys)
-        if mode == "waffle_and_prompt_ensemble":
-            drawn = templates(rng, pairs)
-            lists = [
-                [
-                    self._say(name, text, t.replace("{}", name))
-                    for t in drawn
-                    for text in self._random(alphabet, rng)
-                ]
-                for name in names
-            ]
-            return _shared(lists, names, rng)
-        if mode in CHARACTERS or mode in ("waffle", "adaptive_randomness"):
-            lists = [self._waffle(name, alphabet, pairs, rng) for name in names]
-            return _shared(lists, names, rng) if mode.startswith("waffle") else lists
-        own = self._own()
-        if mode == "gpt_descriptions_and_prompt_ensemble":
-            drawn = templates(rng, 2 * pairs)
-            return [
-                [
-                    self._say(name, str(rng.choice(mine)), t.replace("{}", name))
-                    for t in drawn
-                ]
-                for name, mine in zip(names, own, strict=True)
-            ]
-        if mode in ("waffle_and_gpt", "adaptive_randomness_and_gpt_descriptions"):
-            return self._mixed(alphabet, names, own, rng)
-        texts = self._torn(own, rng)
+        lists = [[] for _ in names]
+        n = int(2 / 3 * self.pairs) if mode == "waffle_and_gpt" else self.pairs
+        if mode in WORDED + LETTERED:
+            lists = self._say(names, self._waffle(keys, n, rng))
+            if not mode.startswith("adaptive"):
+                lists = shared(lists, names, rng)
+        if "ensemble" in mode:  # drawn with repetition, in their order
+            topic = f"{self.option('concept')}: a " if self.option("concept") else ""
+            drawn = [TEMPLATES[i] for i in sorted(rng.choice(80, 2 * n))]
+            said = [[t.replace("{}", topic + name) for t in drawn] for name in names]
+            lists = joined(lists, said)
+        if mode == "waffle_and_gpt":
+            own = [[rng.choice(d, 1)[0] for _ in range(2 * n)] for d in self._own()]
+            lists = joined(lists, self._say(names, own))
+            return [rng.choice(each, 3 * n, replace=False).tolist() for each in lists]
+        if "descriptions" in mode:
+            lists = joined(lists, self._say(names, self._torn(self._own(), rng)))
+        return lists
+
+    def _say(self, names: list[str], lists: list) -> list[list[str]]:
+        """A sentence about each name for each of its descriptors."""
+        between, end = self.separator, self.after
         return [
-            [self._say(name, text) for text in mine]
-            for name, mine in zip(names, texts, strict=True)
+            [f"{self.before}{name}{between}{linked(text)}{end}" for text in texts]
+            for name, texts in zip(names, lists, strict=True)
         ]
 
-    def _say(self, name: str, descriptor: str, named: str | None = None) -> str:
-        clause = linked(descriptor) if self.clauses else descriptor
-        named = f"{self.before}{name}" if named is None else named
-        return f"{self.preface}{named}{self.separator}{clause}{self.after}"
-
     def _own(self) -> list[list[str]]:
-        known = {spoken(key) for key in self.descriptors}
+        some = any(self.descriptors.values())
+        known = {spoken(key) for key in self.descriptors if some}
         lacking = [name for name in self.classnames if name not in known]
-        if not any(self.descriptors.values()):
-            lacking = self.classnames
         if lacking:
             raise InputError(
                 f"mode {self.mode!r} needs descriptors, and there are none of"
@@ -341,124 +264,60 @@ class WaffleCLIP(Method):
         return [list(texts) or [""] for texts in self.descriptors.values()]
 
     def _torn(self, own: list[list[str]], rng) -> list[list[str]]:
-        """Descriptors for each class, its own or torn from their classes."""
+        """Descriptors for each class: its own, or torn from their classes."""
         if self.mode == "swapped_descriptions":
             return [own[i] for i in rng.permutation(len(own))]
         if self.mode == "scrambled_descriptions":
-            rng.permutation(len(own))  # drawn by the published code, and never used
-            return [_scrambled(mine, rng) for mine in own]
-        if self.mode == "gpt_descriptions":
-            return own
-        every = [text for mine in own for text in mine]  # with repetitions
-        n = math.ceil(len(every) / len(own)) * self.budget
-        if self.mode.endswith("_words"):
-            length = math.ceil(np.mean([len(text.split(" ")) for text in every]))
-            words = np.unique([word for text in every for word in text.split(" ")])
-            words = [word.replace(",", "").replace(".", "") for word in words]
-            every = [" ".join(rng.choice(words, length)) for _ in every]
-        if self.mode.startswith("shared"):
-            return [rng.choice(every, n, replace=n > len(every)).tolist()] * len(own)
-        n = min(n, len(every))
-        return [rng.choice(every, n, replace=False).tolist() for _ in own]
+            return [scrambled(mine, rng) for mine in own]
+        every = [text for mine in own for text in mine]  # with its repetitions
+        n = min(math.ceil(len(every) / len(own)) * self.budget, len(every))
+        if self.mode == "shared_random_descriptions":
+            return [rng.choice(every, n, replace=False)] * len(own)
+        if self.mode == "random_descriptions":
+            return [rng.choice(every, n, replace=False) for _ in own]
+        return own
 
-    def _mixed(self, alphabet, names, own, rng) -> list[list[str]]:
-        """Random words, random strings and the class's own descriptors."""
-        pairs = int(2 / 3 * self.pairs)
-
-        def described(name, mine, n):
-            return [self._say(name, str(rng.choice(mine, 1)[0])) for _ in range(n)]
-
-        if self.mode == "waffle_and_gpt":
-            lists = [self._waffle(name, alphabet, pairs, rng) for name in names]
-            lists = [
-                texts + described(name, mine, 2 * pairs)
-                for texts, name, mine in zip(
-                    _shared(lists, names, rng), names, own, strict=True
-                )
-            ]
-        else:
-            lists = [
-                [
-                    text
-                    for _ in range(pairs)
-                    for text in self._waffle(name, alphabet, 1, rng)
-                    + described(name, mine, 2)
-                ]
-                for name, mine in zip(names, own, strict=True)
-            ]
-        return [rng.choice(each, 3 * pairs, replace=False).tolist() for each in lists]
-
-    def _waffle(self, name: str, alphabet: tuple, pairs: int, rng) -> list[str]:
-        return [
-            self._say(name, text)
-            for _ in range(pairs)
-            for text in self._random(alphabet, rng)
-        ]
-
-    def _random(self, alphabet: tuple, rng) -> list[str]:
-        """Random words, unless the mode has none, and a random string."""
-        words, n_words, characters, groups, size = alphabet
-
-        def pick(choices):  # without replacement, which permutes the whole list
-            return str(rng.choice(choices, 1, replace=False)[0])
-
-        out = []
-        if self.mode in WORDED:
-            out.append(" ".join(pick(words) for _ in range(n_words)))
-        out.append(
-            ", ".join(
-                "".join(pick(characters) for _ in range(size)) for _ in range(groups)
-            )
-        )
-        return out
-
-    def _alphabet(self, keys: list[str]):
-        """What random texts are made of: words, how many, characters, in how many
-        groups, of which size.
-        """
+    def _waffle(self, keys: list[str], pairs: int, rng) -> list[list[str]]:
+        """Random words, unless the mode has none, and random strings for each name."""
         split = [spoken(key).split(" ") for key in keys]
         n_words = max(round(np.mean([len(words) for words in split])), 1)
         length = round(np.mean([np.mean([len(w) for w in words]) for words in split]))
-        known = {
-            c for texts in self.descriptors.values() for text in texts for c in text
-        }
-        characters = sorted(known - set(" ,.")) or list(string.ascii_lowercase)
+        words = np.array([word[:length] for word in self._vocabulary])
+        known = "".join(text for texts in self.descriptors.values() for text in texts)
+        letters = sorted(set(known) - set(" ,.")) or list(string.ascii_lowercase)
         groups = round(np.mean([key.count(" ") for key in keys])) + 1
         n = math.ceil(np.mean([max(map(len, key.split(" "))) for key in keys]))
-        n += groups - n % groups
-        words = np.array([word[:length] for word in self._vocabulary])
-        return words, n_words, np.array(characters), groups, n // groups
+        size = (n + groups - n % groups) // groups  # of each group
+
+        def pick(choices, n):  # one by one without replacement: each permutes them all
+            return [rng.choice(choices, 1, replace=False)[0] for _ in range(n)]
+
+        def pair():
+            worded = [" ".join(pick(words, n_words))] if self.mode in WORDED else []
+            strings = ["".join(pick(letters, size)) for _ in range(groups)]
+            return [*worded, ", ".join(strings)]
+
+        return [[text for _ in range(pairs) for text in pair()] for _ in keys]
 
     @cached_property
     def _vocabulary(self) -> list[str]:
         if self.words is not None:
             return self.words
-        entries = sorted(self.clip.tokenizer.encoder.items(), key=lambda item: item[1])
-        whole = [
-            entry.removesuffix("</w>") for entry, _ in entries if entry.endswith("</w>")
-        ]
-        return [
-            word
-            for word in whole
-            if word.isascii() and word.isalpha() and len(word) > 2
-        ][:N_WORDS]
+        encoder = self.clip.tokenizer.encoder
+        whole = re.compile(r"([a-z]{3,})</w>")
+        entries = map(whole.fullmatch, sorted(encoder, key=encoder.get))
+        return [entry[1] for entry in entries if entry][:N_WORDS]
 
     @classmethod
     def official_hparams(cls, hyperparameters):
-        """As for any method; options that the mode does not read are left out, as the
-        published code takes them without effect.
+        """As for any method; options that the mode does not read are left out, as one
+        configuration serves several modes.
         """
         ours = super().official_hparams(hyperparameters)
         if hyperparameters.get("merge_predictions"):
             ours["aggregate"] = "merge"
-        if hyperparameters.get("dont_apply_descriptor_modification"):
-            ours["clauses"] = False
         mode = ours.get("mode", "waffle")
-        return {
-            name: value
-            for name, value in ours.items()
-            if value is not None and mode in READ_BY.get(name, (mode,))
-        }
+        return {k: v for k, v in ours.items() if mode in READ_BY.get(k, (mode,))}
 
     @classmethod
     def from_official(cls, clip, classnames, hyperparameters, **objects):
@@ -481,26 +340,15 @@ def spoken(key: str) -> str:
 
 
 def linked(descriptor: str) -> str:
-    """A descriptor as a clause; its first letters decide, as in the published code,
-    whatever they begin.
-    """
-    if descriptor.startswith("a") or descriptor.startswith("used"):
+    """A descriptor as a clause; its first letters decide, whatever they begin."""
+    if descriptor.startswith(("a", "used")):
         return f"which is {descriptor}"
     if descriptor.startswith(("has", "often", "typically", "may", "can")):
         return f"which {descriptor}"
     return f"which has {descriptor}"
 
 
-def templates(rng, n: int) -> list[str]:
-    """n of OpenAI's 80 templates, drawn with repetition and sorted, as the published
-    code spells them: a capital first, no full stop.
-    """
-    every = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    drawn = sorted(rng.choice(len(every), n, replace=True))
-    return [every[i][0].upper() + every[i][1:].removesuffix(".") for i in drawn]
-
-
-def _shared(lists: list[list[str]], names: list[str], rng) -> list[list[str]]:
+def shared(lists: list[list[str]], names: list[str], rng) -> list[list[str]]:
     """The list of one class for all, its name replaced wherever it occurs in a
     sentence, as in the published code.
     """
@@ -510,9 +358,12 @@ def _shared(lists: list[list[str]], names: list[str], rng) -> list[list[str]]:
     ]
 
 
-def _scrambled(descriptors: list[str], rng) -> list[str]:
-    words = [word.replace(".", "") for text in descriptors for word in text.split(" ")]
-    return [
-        " ".join(rng.choice(words, len(text.split(" ")), replace=True))
-        for text in descriptors
-    ]
+def joined(lists: list[list[str]], others: list[list[str]]) -> list[list[str]]:
+    return [[*mine, *more] for mine, more in zip(lists, others, strict=True)]
+
+
+def scrambled(descriptors: list[str], rng) -> list[str]:
+    """As many words as each has, drawn from those of all, without full stops."""
+    split = [text.replace(".", "").split() for text in descriptors]
+    every = [word for words in split for word in words] or [""]
+    return [" ".join(rng.choice(every, len(words))) for words in split]
