@@ -265,10 +265,8 @@ def pages(
     table = (
         Path("promptkit") / "assets" / "mini_runs.csv"
     )  # of the checkout whose book this is
-    say(
-        "wrote"
-        f" {pages.leaderboard(book, results, table=table if table.parent.is_dir() else None)}"
-    )
+    table = table if table.parent.is_dir() else None
+    say(f"wrote {pages.leaderboard(book, results, table=table)}")
     say(f"wrote {pages.claims(book, results)}")
 
 
