@@ -398,13 +398,14 @@ def with_absolute_paths(run):
         path = os.path.expanduser(text) if isinstance(text, str | Path) else ""
         return os.path.abspath(path) if path and is_path(path) else text
 
-    names = {field.name for field in dataclasses.fields(run)}
-    files = names & {"pretrained", "classnames", "descriptions"}
+    files = ("pretrained", "classnames", "descriptions")
+    labels = {absolute(path, is_path): text for path, text in run.labels.items()}
     return dataclasses.replace(
         run,
         dataset=absolute(run.dataset, is_path),
         targets=tuple(absolute(target, is_path) for target in run.targets),
         root=os.path.abspath(os.path.expanduser(run.root or data_root())),
+        labels=labels,
         **{name: absolute(getattr(run, name)) for name in files},
     )
 

@@ -167,6 +167,7 @@ def export(
     """Write a trained method as one network, which runs without promptkit."""
     with console.err.status("loading ..."):
         from promptkit.export import export_checkpoint
-    more = weights(like, quickgelu)
-    export_checkpoint(checkpoint, output, pretrained=pretrained, device=device, **more)
+    how = weights(like, quickgelu) | {"pretrained": pretrained, "device": device}
+    given = {name: value for name, value in how.items() if value is not None}
+    export_checkpoint(checkpoint, output, **given)
     say(f"wrote {output}")

@@ -272,7 +272,14 @@ def evaluate(
             " the method's own repository."
         ),
     ],
-    data: option(str, "Datasets to test on, separated by commas, or all.") = "all",
+    data: option(
+        str, "Datasets to test on, separated by commas, or all.", show_default=True
+    ) = "all",
+    protocol: option(
+        str,
+        "few-shot: all classes; base-to-new: base and new classes, each among its own.",
+        show_default=True,
+    ) = "few-shot",
     method: option(
         str | None,
         "Which method a checkpoint of its own repository is of; its hyperparameters are"
@@ -283,7 +290,9 @@ def evaluate(
     pretrained: Pretrained = None,
     like: Like = None,
     quickgelu: QuickGELU = None,
-    precision: Precision = "fp32",
+    precision: option(
+        str | None, "fp32, bf16 or fp16; default: as it was trained."
+    ) = None,
     root: Root = None,
     device: Device = None,
     as_json: Json = False,
@@ -300,12 +309,13 @@ def evaluate(
     rows = measure(
         checkpoint,
         values.datasets(data, profile),
+        protocol=protocol,
         method=method,
-        hparams=values.settings(method, settings) if method else {},
+        hparams=values.settings(method, settings) if method else None,
         model=model,
         pretrained=pretrained,
         precision=precision,
-        root=root,
+        root=None if root is None else str(root),
         device=device,
         **weights(like, quickgelu),
     )

@@ -62,7 +62,7 @@ def choose_profile(profile, text, model) -> str:
 
 
 def naming(classnames: Path | None, descriptions: Path | None) -> dict:
-    """Files of class names and of sentences, as ``load_dataset`` takes them."""
+    """Files of class names and of sentences, as a run takes them."""
     given = {"classnames": classnames, "descriptions": descriptions}
     for name, path in given.items():
         if path is not None and not path.expanduser().is_file():
