@@ -496,9 +496,8 @@ def execute(
         if save:
             method.save(save)
         every = 5 if planned.run.profile == "smoke" else 1
-        rows = measure(
-            method, source, targets, planned.run.protocol, planned.config["seed"], every
-        )
+        options = {"seed": planned.config["seed"], "every": every}
+        rows = measure(method, source, targets, planned.run.protocol, **options)
         learned = method.n_parameters
     record = _record(
         planned.config,
