@@ -38,8 +38,8 @@ class FrozenCLIP(nn.Module):
     """CLIP's two towers with all weights frozen, always in evaluation mode.
 
     Matrix products run in the dtype of `precision`; layer norms, the residual stream
-    and all features are float32. A copy is the same object, and it is not pickled: what
-    it was loaded from is in `source`.
+    and all features are float32. A copy is the same object, and another process that is
+    sent one loads it again from its `source`.
 
     Args:
         model (open_clip.CLIP): used as it is, not copied: its parameters are frozen
@@ -142,11 +142,13 @@ class FrozenCLIP(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol):
-        again = f"load_clip(**{self.source})" if self.source else "FrozenCLIP(...)"
-        raise InputError(
-            "a FrozenCLIP is not pickled: save what was learned by Method.save() or"
-            f" its state_dict(), and load the CLIP again by {again}"
-        )
+        if self.source is None:
+            raise InputError(
+                "a FrozenCLIP that load_clip() did not make cannot be sent to another"
+                " process, nor pickled: load it there, or save what was learned by"
+                " Method.save()"
+            )
+        return _again, (self.source, self.fingerprint)
 
     def train(self, mode: bool = True):
         """A frozen CLIP stays in evaluation mode, whatever a method that holds it is
@@ -534,6 +536,21 @@ def load_clip(
         source=source,
         **{fact: preprocess.get(fact) for fact in facts},
     )
+
+
+def _again(source: dict, fingerprint: str) -> FrozenCLIP:
+    """The CLIP of another process.
+
+    Raises:
+        InputError: if its weights are others here.
+    """
+    clip = load_clip(**source)
+    if clip.fingerprint != fingerprint:
+        raise InputError(
+            f"the weights of {source['name']!r} are {clip.fingerprint[:12]} here, and"
+            f" {fingerprint[:12]} where they come from"
+        )
+    return clip
 
 
 def _source(name, pretrained, precision, like=None, quickgelu=None) -> dict:
