@@ -121,7 +121,7 @@ class Chapter:
     def sweep(
         self, protocol: str, methods, tasks=None, seeds=None, shots=None, **options
     ) -> pd.DataFrame:
-        """The rows of a grid of runs, see :func:`promptkit.protocols.sweep`; stored
+        """The rows of a grid of runs, see :func:`promptkit.grids.sweep`; stored
         runs are read.
 
         Args:

@@ -200,7 +200,7 @@ def export_checkpoint(
             "promptkit.json".
         classnames (list[str] | None): C names; by default those of the checkpoint.
 
-        how: how its weights are read, as `load_method` takes it (pretrained, like, ...).
+        how: how its weights are read, as `load_method` takes it.
 
     Raises:
         InputError: for another suffix, a file that is no saved method, or a method that

@@ -1,4 +1,4 @@
-"""Grids of runs: planned, spread over processes, and those that are stored only read."""
+"""Grids of runs: planned, spread over processes; what is stored is only read."""
 
 import itertools
 import os
@@ -169,9 +169,8 @@ def execute_all(
             else:
                 run = item.run if isinstance(item, Plan) else item[0]
                 name = getattr(run.dataset, "name", run.dataset)
-                failures.append(
-                    f"{run.method} on {name}, {run.shots} shots, seed {run.seed}: {error}"
-                )
+                what = f"{run.method} on {name}, {run.shots} shots, seed {run.seed}"
+                failures.append(f"{what}: {error}")
     if failures:
         raise SweepError(
             f"{len(failures)} of {len(plans)} runs failed, the others are stored;"

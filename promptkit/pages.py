@@ -57,13 +57,28 @@ def equal_host(
     """
     setting, host = Setting(protocol, dataset, shots, profile), parse(plugin)[1]
     plan, own = recipe(plugin, setting), recipe(host, setting)
-    check = methods()[parse(host)[0]].check
-    wanted, had = check(plan.hparams["host"]), check(own.hparams)
-    changed = {key: value for key, value in wanted.items() if value != had[key]}
+    changed = _changes(_filled(host, own.hparams), _filled(host, plan.hparams["host"]))
     fields = {key: getattr(plan, key) for key in ("epochs", "lr", "batch_size")}
     return host, changed | {
         key: value for key, value in fields.items() if value != getattr(own, key)
     }
+
+
+def _filled(spec, hparams):
+    """Hyperparameters with their defaults, those of a host nested in "host"."""
+    cls, host = methods()[parse(spec)[0]], parse(spec)[1]
+    known = cls.hyperparameters()
+    filled = {n: hparams.get(n, default) for n, (_, default) in known.items()}
+    inner = {"host": _filled(host, hparams.get("host", {}))} if host else {}
+    return filled | inner
+
+
+def _changes(had, wanted):
+    """What of ``wanted`` is not ``had``, nested as they are."""
+    changed = {key: value for key, value in wanted.items() if value != had[key]}
+    if "host" in changed:
+        changed["host"] = _changes(had["host"], wanted["host"])
+    return changed
 
 
 def compared(runs: pd.DataFrame, method: str = "", profile="mini") -> list[Claim]:
@@ -84,7 +99,8 @@ def compared(runs: pd.DataFrame, method: str = "", profile="mini") -> list[Claim
     ]
     rows += [
         (
-            f"DePT raises {title(parse(plugin)[1])} {where}, at equal settings.",
+            f"{methods()[parse(plugin)[0]].title} raises"
+            f" {title(parse(plugin)[1])} {where}, at equal settings.",
             plugin,
             host,
             split,
@@ -109,9 +125,8 @@ def _pairs(runs, profile):
     both.
     """
     known = set(label(runs))
-    for plugin in sorted(
-        name for name in known if name.startswith("dept(") and " | " not in name
-    ):
+    plain = sorted(name for name in known if " | " not in name)
+    for plugin in (name for name in plain if name.endswith(")")):
         host, overrides = equal_host(plugin, profile=profile)
         options = ", ".join(
             f"{key}={value}" for key, value in sorted(overrides.items())
@@ -167,22 +182,25 @@ def leaderboard(folder="book", results=None, profile="mini", table=None) -> Path
         plt.close(figure)
     text = f"""# Leaderboard
 
-Every method of this book on the same footing: the {tasks} tasks of the mini world, 16 images a class, {seeds} seeds,
-training on the base classes and testing on base and on new ones. Each method follows its own paper's recipe, scaled
-down by the one rule of {{py:func}}`promptkit.train.for_profile`. Zero-shot CLIP uses each task's own template; the
-contexts of most methods start from "a photo of a", and KgCoOp, ProGrad and PromptSRC are drawn towards hand-written
-prompts, among them the task's own. A row marked * is a host trained by the recipe of the plug-in that extends it.
+Every method of this book on the same footing: the {tasks} tasks of the mini world, 16
+images a class, {seeds} seeds, training on the base classes and testing on base and on
+new ones. Each method follows its own paper's recipe, scaled down by the one rule of
+{{py:func}}`promptkit.recipe.for_profile`. Zero-shot CLIP uses each task's own template;
+the contexts of most methods start from "a photo of a", and KgCoOp, ProGrad and
+PromptSRC are drawn towards hand-written prompts, among them the task's own. A row
+marked * is a host trained by the recipe of the plug-in that extends it.
 
 ```{{figure}} _static/leaderboard.svg
 :alt: Each method as a point, base accuracy across and new accuracy up, with lines of equal harmonic mean.
-Accuracy on base and on new classes, averages of {tasks} tasks; dotted lines join equal harmonic means, arrows lead
-from a host to its plug-in.
+Accuracy on base and on new classes, averages of {tasks} tasks; dotted lines join equal
+harmonic means, arrows lead from a host to its plug-in.
 ```
 
 {_ranking(summarise(ranked))}
 
-Means over seeds in percent, ± half the 95 % interval. *Reported* is the harmonic mean of the paper's own average over
-the eleven real datasets on ViT-B/16: another world, shown for its order and not for its digits.
+Means over seeds in percent, ± half the 95 % interval. *Reported* is the harmonic mean
+of the paper's own average over the eleven real datasets on ViT-B/16: another world,
+shown for its order and not for its digits.
 
 ## What the papers say of each other
 
@@ -197,7 +215,8 @@ Differences of the averages over tasks, one a seed, with 95 % intervals.
 promptkit pages
 ```
 
-All of them take an hour or two on two cores; what is stored is not run again. The last writes this page.
+All of them take an hour or two on two cores; what is stored is not run again. The last
+writes this page.
 """
     return write_atomically(
         Path(folder) / "leaderboard.md", lambda file: file.write(text.encode())
@@ -258,10 +277,11 @@ def claims(folder="book", results=None) -> Path:
     )
     text = f"""# Claims
 
-What the papers say and what the chapters measured: {len(every)} claims, {summary}. A claim holds when the whole 95 %
-interval of the measured difference is on its side, does not hold when the whole interval is on the other, and is
-undecided in between. The mini world is small and its CLIP is tiny: a claim that does not hold here may well hold there,
-and the chapters look for the reason.
+What the papers say and what the chapters measured: {len(every)} claims, {summary}. A
+claim holds when the whole 95 % interval of the measured difference is on its side, does
+not hold when the whole interval is on the other, and is undecided in between. The mini
+world is small and its CLIP is tiny: a claim that does not hold here may well hold
+there, and the chapters look for the reason.
 
 {parts}
 """

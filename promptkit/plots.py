@@ -93,8 +93,9 @@ def few_shot_curves(
                 line = ":" if name == PROBE else line
                 error = _errors(curve)
                 axis.errorbar(
-                    curve["shots"], curve["mean"], yerr=error, label=(names or {}).get(name, name),
-                    color=colour, marker=marker, linestyle=line, markersize=4.5, linewidth=1.4, capsize=2,
+                    curve["shots"], curve["mean"], yerr=error,
+                    label=(names or {}).get(name, name), color=colour, marker=marker,
+                    linestyle=line, markersize=4.5, linewidth=1.4, capsize=2,
                 )  # fmt: skip
             star = cells[cells["label"] == zero_shot]
             if len(star):
@@ -279,8 +280,8 @@ def option_curves(
         for split, marker, line in zip(splits, MARKERS, cycle(LINES), strict=False):
             cells = table[table["split"] == split].sort_values("at")
             axis.errorbar(
-                cells["at"], cells["mean"], yerr=_errors(cells), marker=marker, linestyle=line, capsize=2,
-                label=SPLITS.get(split, split),
+                cells["at"], cells["mean"], yerr=_errors(cells), marker=marker,
+                linestyle=line, capsize=2, label=SPLITS.get(split, split),
             )  # fmt: skip
         axis.set_xlabel(xlabel or option)
         axis.set_ylabel("test accuracy (%)")
@@ -415,7 +416,8 @@ def image_grid(images, titles=None, columns=8, size=1.2):
     rows = -(-len(images) // columns)
     with style():
         figure, axes = plt.subplots(
-            rows, columns, figsize=(size * columns, (size + 0.25 * (titles is not None)) * rows),
+            rows, columns,
+            figsize=(size * columns, (size + 0.25 * (titles is not None)) * rows),
             squeeze=False, layout="constrained",
         )  # fmt: skip
         for axis in axes.flat:
@@ -481,8 +483,9 @@ def similarity_map(matrix, rows, columns, title="", unit="cosine similarity", di
             layout="constrained",
         )
         sns.heatmap(
-            matrix, annot=matrix.size <= 400, fmt=f".{digits}f", cmap="gray_r", xticklabels=columns,
-            yticklabels=rows, linewidths=0.5, cbar_kws={"label": unit}, annot_kws={"fontsize": 7}, ax=axis,
+            matrix, annot=matrix.size <= 400, fmt=f".{digits}f", cmap="gray_r",
+            xticklabels=columns, yticklabels=rows, linewidths=0.5,
+            cbar_kws={"label": unit}, annot_kws={"fontsize": 7}, ax=axis,
         )  # fmt: skip
         axis.set_title(title)
         axis.tick_params(axis="x", rotation=45)

@@ -498,13 +498,19 @@ def pretrain(
             )
         if step % CHECKPOINT_EVERY == CHECKPOINT_EVERY - 1 or step == steps - 1:
             spent = seconds + time.perf_counter() - started
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
-                         step=step + 1, losses=losses, seconds=spent)  # fmt: skip
+            state = dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(),
+                generator=generator.get_state(), step=step + 1, losses=losses,
+                seconds=spent,
+            )  # fmt: skip
             write_atomically(checkpoint, partial(torch.save, state))
     spent = seconds + time.perf_counter() - started
-    record = dict(recipe=asdict(recipe), world_seed=WORLD_SEED, seconds=round(spent),
-                  device=device.type, threads=torch.get_num_threads() if device.type == "cpu" else None,
-                  torch=torch.__version__.split("+")[0], loss_every_50_steps=losses)  # fmt: skip
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    record = dict(
+        recipe=asdict(recipe), world_seed=WORLD_SEED, seconds=round(spent),
+        device=device.type, threads=threads, torch=torch.__version__.split("+")[0],
+        loss_every_50_steps=losses,
+    )  # fmt: skip
     path = export(model, rows, record, Path(output or ASSETS) / f"{name}.safetensors")
     record["zero_shot"] = zero_shot_accuracies(
         name, path

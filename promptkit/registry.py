@@ -151,8 +151,8 @@ def build(
             ``host={...}`` holds those of a plug-in's host.
 
     Raises:
-        InputError: the name or a hyperparameter is unknown or does not fit, or the class
-            names are bad.
+        InputError: the name or a hyperparameter is unknown or does not fit, or the
+            class names are bad.
     """
     parse(spec)
     if not isinstance(clip, FrozenCLIP):

@@ -242,8 +242,8 @@ def reproduce(
 def _run_stage(jobs, workers, scheduler, progress):
     alone = progress and workers == 1 and not scheduler
     reports = []
-    # In a process of its own: nbclient answers Ctrl-C and SIGTERM by failing the one
-    # chapter at work.
+    # In a process of its own: nbclient answers Ctrl-C and SIGTERM itself, by failing
+    # the one chapter at work.
     execution = {"failed": _died, "apart": True, "progress_bar": alone}
     sweep_temporaries(*{job.output.parent for job in jobs})
     for job, report in parallel(execute_chapter, jobs, workers, scheduler, **execution):

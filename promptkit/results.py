@@ -295,8 +295,8 @@ def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
 
     Returns:
         Columns method, options, protocol, profile, model, precision, shots, dataset,
-        target, split, mean, low, high, seeds, datasets. In an average row only seeds that cover
-        every dataset enter the interval.
+        target, split, mean, low, high, seeds, datasets. In an average row only seeds
+        that cover every dataset enter the interval.
     """
     runs = _told_apart(runs)
     keys = ["method", "options", "protocol", "profile", "model", "precision", "shots"]
@@ -398,8 +398,8 @@ def _average(cells, protocol, level):
             if split in means:
                 _, low, high = interval(table[split], level)
                 yield dataset, {
-                    "split": split, "mean": float(means[split]), "low": low, "high": high,
-                    "seeds": len(table), "datasets": count,
+                    "split": split, "mean": float(means[split]), "low": low,
+                    "high": high, "seeds": len(table), "datasets": count,
                 }  # fmt: skip
 
 
@@ -611,8 +611,8 @@ class Claim:
         """
         interval = f" [{self.low:+.1f}, {self.high:+.1f}], {self.level:.0%} interval"
         return (
-            f"{self.estimate:+.1f}{', no interval' if math.isnan(self.low) else interval},"
-            f" n = {self.n}"
+            f"{self.estimate:+.1f}"
+            f"{', no interval' if math.isnan(self.low) else interval}, n = {self.n}"
         )
 
     def __str__(self):

@@ -325,9 +325,8 @@ def _resolve(run, source):
                 f" {run.protocol}"
             )
         if run.overrides:
-            raise InputError(
-                f"the linear probe has nothing to set, so not {', '.join(run.overrides)}"
-            )
+            named = ", ".join(run.overrides)
+            raise InputError(f"the linear probe has nothing to set, so not {named}")
         return run, Recipe(epochs=0)
     cls = nesting(run.method)[0]
     named = set(cls.objects()) - {"host"}
@@ -496,10 +495,9 @@ def execute(
         method, targets, history = _trained(planned, results, progress, force)
         if save:
             method.save(save)
-        rows = measure(
-            method, source, targets, planned.run.protocol,
-            seed=planned.config["seed"], every=5 if planned.run.profile == "smoke" else 1,
-        )  # fmt: skip
+        every = 5 if planned.run.profile == "smoke" else 1
+        options = {"seed": planned.config["seed"], "every": every}
+        rows = measure(method, source, targets, planned.run.protocol, **options)
         learned = method.n_parameters
     record = _record(
         planned.config,

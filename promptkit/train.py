@@ -166,7 +166,7 @@ def _train(
     method, split, recipe, optimizer, generator, history, first, most, keep, name,
     progress,
 ):  # fmt: skip
-    """One stage: its epochs from ``first`` on, to no more than ``most`` steps in all."""
+    """One stage: its epochs from ``first`` on, up to ``most`` steps in all."""
     method.train()
     read = reader(method, split, generator, recipe)
     per_epoch = recipe.steps(len(split))

@@ -389,7 +389,7 @@ def with_absolute_paths(run):
     absolute, and the folder of the real datasets is this process's.
 
     Args:
-        run: :class:`promptkit.protocols.Run`.
+        run: :class:`promptkit.runs.Run`.
     """
     from promptkit.data import data_root
     from promptkit.data.own import is_path

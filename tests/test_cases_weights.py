@@ -80,7 +80,7 @@ def check(clip, model, tolerance=1e-5):
     assert_close(ours, features(model), rtol=tolerance, atol=tolerance)
 
 
-# --- the activation -----------------------------------------------------------------
+# --- the activation -------------------------------------------------------------------
 
 
 def test_the_activations_differ(models):
@@ -174,7 +174,7 @@ def test_the_record_loads_the_same_again(state, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
 
 
-# --- formats ------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------
 
 
 def wrapped(state):
@@ -255,7 +255,7 @@ def test_torchscript_is_read_as_data(models, state, tmp_path, monkeypatch):
     assert clip.source["quickgelu"] is True
 
 
-# --- no code ------------------------------------------------------------------------
+# --- no code --------------------------------------------------------------------------
 
 
 class Marker(nn.Module):  # loading it as TorchScript writes a file
@@ -403,7 +403,7 @@ def test_views_and_parameters_keep_their_values(tmp_path):
         assert value.dtype == saved[key].dtype and torch.equal(value, saved[key].data)
 
 
-# --- what is no weights --------------------------------------------------------------
+# --- what is no weights ---------------------------------------------------------------
 
 
 def cut(path, share):

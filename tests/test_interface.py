@@ -41,7 +41,7 @@ def dataset(tiny_clip):
     return toy_dataset(tiny_clip)
 
 
-# --- a trained head over frozen features (CLIP-Adapter, CoPrompt) -----------------------
+# --- a trained head over frozen features (CLIP-Adapter, CoPrompt) ---------------------
 
 
 class Adapter(Method):
@@ -79,7 +79,7 @@ def test_a_new_method_keeps_the_promises(promise, tiny_clip, tmp_path):
     promise("adapter", tiny_clip, tmp_path)
 
 
-# --- an unlabelled pool (UPL, PromptKD) -------------------------------------------------
+# --- an unlabelled pool (UPL, PromptKD) -----------------------------------------------
 
 
 class Pool(Method):
@@ -138,7 +138,7 @@ def test_methods_see_no_test_images_and_no_validation_images_that_are(dataset):
     assert len(visible(method, leaking).val) == 0
 
 
-# --- stages (CasPL, LoGoPrompt) ---------------------------------------------------------
+# --- stages (CasPL, LoGoPrompt) -------------------------------------------------------
 
 
 class Stages(Method):
@@ -205,7 +205,7 @@ def test_a_killed_stage_resumes_to_the_same_bits(tiny_clip, dataset, tmp_path, e
         assert torch.equal(a, b)
 
 
-# --- text alone (ProText) ---------------------------------------------------------------
+# --- text alone (ProText) -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def test_a_text_learner_reads_no_image(tiny_clip, dataset, monkeypatch):
     assert given.option("said") == said
 
 
-# --- a second backbone (PromptKD, CasPL) ------------------------------------------------
+# --- a second backbone (PromptKD, CasPL) ----------------------------------------------
 
 
 class Student(Method):
@@ -365,7 +365,7 @@ def tiny_clip_of_other_width():
     return FrozenCLIP(model, name="another")
 
 
-# --- plug-ins ---------------------------------------------------------------------------
+# --- plug-ins -------------------------------------------------------------------------
 
 
 class Halved(Method):
@@ -568,7 +568,7 @@ def test_plugin_and_host_draw_from_one_stream(tiny_clip):
     assert ratio.std() > 1e-3  # not the same numbers at another scale
 
 
-# --- faults of the first interface ------------------------------------------------------
+# --- faults of the first interface ----------------------------------------------------
 
 
 def test_training_on_other_classes_makes_the_head_theirs(tiny_clip, dataset):

@@ -262,9 +262,8 @@ def pages(
     """Write the book's leaderboard and claims pages from stored runs."""
     from promptkit import pages
 
-    table = (
-        Path("promptkit") / "assets" / "mini_runs.csv"
-    )  # of the checkout whose book this is
+    # Of the checkout whose book this is.
+    table = Path("promptkit") / "assets" / "mini_runs.csv"
     table = table if table.parent.is_dir() else None
     say(f"wrote {pages.leaderboard(book, results, table=table)}")
     say(f"wrote {pages.claims(book, results)}")

@@ -32,7 +32,7 @@ def list_data():
     from promptkit.data.download import ORIGINS
 
     table = console.table(["name", "title", "classes", "train", "val", "test", "from"])
-    for name in data.listvalues.datasets():
+    for name in data.list_datasets():
         if name in TABLE:
             entry = TABLE[name]
             origin = (

@@ -30,7 +30,8 @@ def transform(
 ) -> torch.Tensor:
     """Images as `clip` wants them: (B, 3, S, S) float, normalised, on its device.
 
-    Testing: shorter side to S, centre crop (or both sides to S, as the weights want). Training (`augment`): a random crop of a
+    Testing: shorter side to S, centre crop (or both sides to S, as the weights want).
+    Training (`augment`): a random crop of a
     share (`crop`) of the area and 3/4-4/3 in shape, resized, flipped in half of the
     cases; the
     same for every method, as in CoOp's code (Zhou et al. 2022). Both resize by PIL,
