@@ -103,7 +103,7 @@ def main():
     """Kill, finish, compare; exit code 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--random", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
     chance = random.Random(options.random)
@@ -119,26 +119,23 @@ def main():
         whole.communicate()
         undisturbed = time.monotonic() - since
         print(f"undisturbed: {undisturbed:.1f} s, exit code {whole.returncode}")
-        disturbed, stored = folder / "disturbed", []
-        for n in range(options.kills):
-            number = SIGNALS[n % len(SIGNALS)]
-            process = start(disturbed, f"kill{n}", options.seeds, cache)
-            wait = chance.uniform(0.5, undisturbed)
+        disturbed, killed, tried = folder / "disturbed", 0, 0
+        while killed < options.kills:
+            mark, tried = f"kill{tried}", tried + 1
+            number = SIGNALS[killed % len(SIGNALS)]
+            wait = chance.uniform(0.4, 1.0) * undisturbed
+            process = start(disturbed, mark, options.seeds, cache)
             try:
                 process.wait(wait)
             except subprocess.TimeoutExpired:
-                problem = kill(process, f"kill{n}", number)
-            else:
+                problem, killed = kill(process, mark, number), killed + 1
+                stored = len(numbers(disturbed))
+                print(f"{killed:3} {number.name} {wait:.1f} s: {stored} runs {problem}")
+                problems += [problem] if problem else []
+            else:  # it was faster; once more, from the beginning
                 process.communicate()
-                problem, wait = "", process.returncode
-                number = "finished before"
-            stored.append(len(numbers(disturbed)))
-            name = getattr(number, "name", number)
-            print(f"{n + 1:3} {name} {wait:.1f}: {stored[-1]} stored {problem}")
-            problems += [problem] if problem else []
-            if stored[-1] == options.seeds and n + 1 < options.kills:
                 for path in disturbed.glob("few-shot/*.json"):
-                    path.unlink()  # something to kill again
+                    path.unlink()
         last = start(disturbed, "last", options.seeds, cache)
         said = last.communicate()[1]
         if last.returncode:

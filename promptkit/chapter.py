@@ -77,7 +77,7 @@ class Chapter:
         )
         self.seeds = whole_numbers("seeds", self.seeds)
         self.shots = whole_numbers("shots", self.shots, 1)
-        (self.workers,) = whole_numbers("workers", self.workers, 1)[:1]
+        self.workers = max(whole_numbers("workers", self.workers, 1))
         known = data.list_datasets()
         tasks = chosen or "all" if self.datasets is None else self.datasets
         tasks = names("datasets", tasks, known)

@@ -26,6 +26,7 @@ class Commands(TyperGroup):
         """Run the command: exit code 2 for bad input, 1 for what failed under way, 128
         and its number for a signal.
         """
+        _said.clear()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: say(f"Warning: {message}")

@@ -91,7 +91,8 @@ def predict(
             image = _read(path)
         except (InputError, OSError) as error:
             unusable += 1
-            say(f"Error: {error}" if str(path) in str(error) else f"{path}: {error}")
+            where = "" if str(path) in str(error) else f"{path}: "
+            say(f"Error: {where}{error}")
             continue
         p = method.logits(transform(method.clip, [image])).softmax(dim=-1)[0]
         best = p.topk(min(top, len(p)))
