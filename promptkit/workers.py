@@ -265,7 +265,7 @@ def serve(calls, parent: int):
             pickle.dump(_answer(cloudpickle, place, call), answers)
             answers.flush()
     except SystemExit as end:  # taking torch apart would take seconds
-        os._exit(end.code)
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def _answer(cloudpickle, place, call) -> bytes:
