@@ -259,10 +259,13 @@ def serve(calls, parent: int):
 
     threading.Thread(target=listen, daemon=True).start()
     end_with_parent(parent)
-    while True:
-        place, call = waiting.get()
-        pickle.dump(_answer(cloudpickle, place, call), answers)
-        answers.flush()
+    try:
+        while True:
+            place, call = waiting.get()
+            pickle.dump(_answer(cloudpickle, place, call), answers)
+            answers.flush()
+    except SystemExit as end:  # taking torch apart would take seconds
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def _answer(cloudpickle, place, call) -> bytes:
