@@ -606,6 +606,9 @@ class Method(nn.Module, metaclass=MethodType):
             raise InputError(
                 f"this state dict is not one of {what}; {'; '.join(problems)}"
             )
+        bad = [key for key, value in values.items() if not value.isfinite().all()]
+        if bad:
+            raise InputError(f"the numbers of {bad[0]} are not finite")
         with torch.no_grad():
             for key, value in values.items():
                 ours[names[key]].copy_(value)

@@ -243,7 +243,7 @@ def load_method(
         owner = dict(method.named_modules()).get(module, method)
         if leaf in owner._buffers:
             owner._buffers[leaf] = value.to(method.clip.device)
-        elif getattr(owner, leaf, value).shape != value.shape:
+        elif owner._parameters.get(leaf, value).shape != value.shape:
             resized = torch.empty_like(value, device=method.clip.device)
             setattr(owner, leaf, torch.nn.Parameter(resized))
     try:
@@ -253,7 +253,10 @@ def load_method(
         raise InputError(
             f"{path} does not fit {about['method']} of this version: {what[:300]}"
         ) from None
-    method.set_classes(about["classnames"])
+    try:
+        method.set_classes(about["classnames"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return method.eval()
 
 

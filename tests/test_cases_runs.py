@@ -15,8 +15,8 @@ from test_cli import world  # noqa: F401
 from test_protocols import NAMES, tiny, toy
 from test_workers import WORKING, is_alive, running
 
-from promptkit import data, identity, registry, runs
 from promptkit import clip as clip_module
+from promptkit import data, identity, registry, runs
 from promptkit.clip import FrozenCLIP
 from promptkit.method import Batch
 from promptkit.prompts import Prompt
