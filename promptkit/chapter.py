@@ -15,7 +15,7 @@ from IPython.display import Code, display
 from promptkit import data, results
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.data.own import is_path
-from promptkit.errors import unknown
+from promptkit.errors import InputError, unknown
 from promptkit.grids import sweep
 from promptkit.pages import compared
 from promptkit.parameters import names, whole_numbers
@@ -77,7 +77,10 @@ class Chapter:
         )
         self.seeds = whole_numbers("seeds", self.seeds)
         self.shots = whole_numbers("shots", self.shots, 1)
-        self.workers = max(whole_numbers("workers", self.workers, 1))
+        workers = whole_numbers("workers", self.workers, 1)
+        if len(workers) > 1 or workers[0] > 512:
+            raise InputError(f"workers takes one number to 512, not {self.workers!r}")
+        (self.workers,) = workers
         known = data.list_datasets()
         tasks = chosen or "all" if self.datasets is None else self.datasets
         tasks = names("datasets", tasks, known)

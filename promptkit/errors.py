@@ -27,7 +27,8 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
         by_lower[c]
         for c in difflib.get_close_matches(str(name).lower(), by_lower, n=3, cutoff=0.5)
     ]
-    message = f"unknown {kind} {name!r}"
+    shown = repr(name) if len(repr(name)) <= 80 else f"{repr(name)[:76]}..."
+    message = f"unknown {kind} {shown}"
     if near:
         message += f"; did you mean {' or '.join(repr(choice) for choice in near)}?"
     if not choices:

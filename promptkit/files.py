@@ -42,6 +42,18 @@ def lock(path) -> FileLock:
     return FileLock(cache_folder("locks") / f"{name}.lock")
 
 
+def check_writable(folder, option: str) -> None:
+    """InputError unless files can be written in a folder, or it can be made."""
+    there = Path(folder).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(
+            f"{option}: {folder} cannot be written, as {there} is no folder where files"
+            " can be made"
+        )
+
+
 def write_atomically(path, write) -> Path:
     """Call `write(file)` on a temporary binary file beside `path`, then move it into
     place.

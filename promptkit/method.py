@@ -606,6 +606,9 @@ class Method(nn.Module, metaclass=MethodType):
             raise InputError(
                 f"this state dict is not one of {what}; {'; '.join(problems)}"
             )
+        bad = [key for key, value in values.items() if not value.isfinite().all()]
+        if bad:
+            raise InputError(f"the numbers of {bad[0]} are not finite")
         with torch.no_grad():
             for key, value in values.items():
                 ours[names[key]].copy_(value)
@@ -685,6 +688,7 @@ class Method(nn.Module, metaclass=MethodType):
         config = {"format": 2} | self.describe()
         config |= {"weights": digest(state)}
         config |= {"versions": {package: _version(package) for package in packages}}
+        config |= {"digest": digest_of_header(config)}
         data = safetensors_bytes(state, metadata={"promptkit": json.dumps(config)})
         return write_atomically(path, lambda file: file.write(data))
 
@@ -755,6 +759,12 @@ def digest(state: dict[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def digest_of_header(about: dict) -> str:
+    """SHA-256 over what a saved method says of itself."""
+    rest = {key: value for key, value in about.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:

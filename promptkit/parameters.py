@@ -9,6 +9,7 @@ import re
 
 from promptkit.errors import InputError
 
+LARGEST = 2**32 - 1  # that every generator takes as a seed
 MOST = 10_000  # a longer list is a slip of the finger
 
 
@@ -32,6 +33,8 @@ def whole_numbers(name: str, value, least: int = 0) -> list[int]:
             raise InputError(
                 f"{name} takes whole numbers such as 1, 1,4 or 1-3, not {value!r}"
             )
+        if high > LARGEST:
+            raise InputError(f"{name} takes whole numbers up to {LARGEST:,}")
         if low < least:
             raise InputError(f"{name} takes whole numbers from {least}, not {low}")
         if high - low + len(out) >= MOST:

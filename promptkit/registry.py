@@ -21,7 +21,7 @@ from torch import Tensor
 import promptkit.methods
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
-from promptkit.method import REGISTRY, Method, digest
+from promptkit.method import REGISTRY, Method, digest, digest_of_header
 from promptkit.recipe import Host, Recipe, Setting, for_profile
 from promptkit.weights import read_checkpoint, state_dict
 
@@ -232,23 +232,31 @@ def load_method(
     """
     about, state = _read(path)
     asked = {"pretrained": pretrained, **how}
-    clip = clip or _backbone(about["clip"], device, asked)
-    method = _restore(path, about, clip, device)
+    try:
+        clip = clip or _backbone(about["clip"], device, asked)
+        method = _restore(path, about, clip, device)
+    except InputError as error:  # of a method or a hyperparameter that is no more
+        told = str(path) in str(error)
+        raise error if told else InputError(f"{path}: {error}") from None
     for key, value in state.items():  # what is sized by training data may have any size
         module, _, leaf = key.rpartition(".")
         owner = dict(method.named_modules()).get(module, method)
         if leaf in owner._buffers:
             owner._buffers[leaf] = value.to(method.clip.device)
-        elif getattr(owner, leaf, value).shape != value.shape:
+        elif owner._parameters.get(leaf, value).shape != value.shape:
             resized = torch.empty_like(value, device=method.clip.device)
             setattr(owner, leaf, torch.nn.Parameter(resized))
     try:
         method.load_state_dict(state)
-    except RuntimeError as error:
+    except RuntimeError as error:  # a headline, and a line for each key
+        what = "; ".join(map(str.strip, str(error).splitlines()[1:])).rstrip(". ")
         raise InputError(
-            f"{path} does not fit {about['method']} of this version: {error}"
+            f"{path} does not fit {about['method']} of this version: {what[:300]}"
         ) from None
-    method.set_classes(about["classnames"])
+    try:
+        method.set_classes(about["classnames"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return method.eval()
 
 
@@ -320,12 +328,50 @@ def _read(path) -> tuple[dict, dict[str, Tensor]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about["weights"] != digest(state):
             raise ValueError("its weights do not match their hash")
-        about["clip"]["name"], about["clip"]["pretrained"], about["clip"]["fingerprint"]
-        about["method"], about["hparams"], about["trained_on"], about["classnames"]
+        if about.get("digest", digest_of_header(about)) != digest_of_header(about):
+            raise ValueError("its header does not match its hash")
+        _check_about(about)
+        if bad := [k for k, v in state.items() if not v.double().isfinite().all()]:
+            raise ValueError(f"{bad[0]} is not finite")
     except FileNotFoundError:
         raise InputError(f"there is no method file {path}") from None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except IsADirectoryError:
         raise InputError(
-            f"{path} is damaged or no file of a saved method ({error})"
+            f"{path} is damaged or no file of a saved method (it is a folder)"
+        ) from None
+    except (
+        OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError,
+        RecursionError,
+    ) as error:  # fmt: skip
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
+        raise InputError(
+            f"{path} is damaged or no file of a saved method ({lacks}{error})"
         ) from None
     return about, state
+
+
+def _check_about(about):
+    """KeyError, TypeError or ValueError unless it has the form of what
+    ``Method.describe`` says.
+    """
+    kinds = {"method": str, "hparams": dict, "trained_on": list, "classnames": list}
+    for name, kind in kinds.items():
+        if not isinstance(about[name], kind):
+            raise TypeError(f"its {name} is {about[name]!r:.60}")
+    taken, objects = about.get("taken", []), about.get("objects", {})
+    if not all(isinstance(part, dict) for part in [*taken, objects]):
+        raise TypeError("it says in no way that is known what it took")
+    _check_clip(about["clip"])
+    for thing in objects.values():
+        for part in thing if isinstance(thing, list) else [thing]:
+            (_check_about if "method" in part else _check_clip)(part)
+
+
+def _check_clip(about):
+    for name in ("name", "fingerprint"):
+        if not isinstance(about[name], str):
+            raise TypeError(f"the {name} of its backbone is {about[name]!r:.60}")
+    source = about.get("source") or {"name": about["name"]}
+    known = ("name", "pretrained", "precision", "like", "quickgelu")
+    if "name" not in source or set(source) - set(known):
+        raise ValueError(f"its backbone is loaded by {', '.join(map(repr, source))}")

@@ -27,7 +27,7 @@ from scipy.special import stdtrit
 
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
-from promptkit.recipe import TRANSFER
+from promptkit.recipe import PROTOCOLS, TRANSFER
 
 SPLITS = ("base", "new", "hm", "all")
 # What a results folder holds, by which it is known again; what a project's root holds.
@@ -120,6 +120,8 @@ def save_run(record: dict, root=None) -> Path:
         root: results folder, see :func:`results_dir`.
     """
     record = {"format": 1, "hash": config_hash(record["config"]), **record}
+    record = json.loads(json.dumps(record, default=str))
+    record["digest"] = _digest(record)
     return write_text(
         run_path(record["config"], root),
         json.dumps(record, indent=1, default=str) + "\n",
@@ -138,18 +140,46 @@ def read_run(path) -> dict:
         rows = record["rows"]
         if record["hash"] != config_hash(record["config"]):
             raise ValueError("its configuration does not match its hash")
-        if not rows or not all(
-            math.isfinite(row["value"]) and row["split"] in SPLITS for row in rows
-        ):
+        if record.get("digest", _digest(record)) != _digest(record):
+            raise ValueError("its content does not match its digest")
+        if not rows or not all(map(_usable, rows)):
             raise ValueError("it holds no usable numbers")
-        for key in ("versions", "device", "seconds", "created"):
-            record[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_record(record)
+        run_rows(record)
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise InputError(
             f"damaged result file {path} ({reason}); delete it and run again"
         ) from None
     return record
+
+
+def _digest(record):
+    return config_hash({k: v for k, v in record.items() if k != "digest"})
+
+
+def _usable(row):
+    value = row["value"]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    texts = isinstance(row["target"], str) and isinstance(row["metric"], str)
+    return number and texts and row["split"] in SPLITS and 0 <= value <= 100
+
+
+def _check_record(record):
+    """ValueError unless what stands beside the numbers is of its kind."""
+    config, whole = record["config"], int
+    kinds = {name: str for name in ("method", "dataset", "profile", "model")}
+    kinds |= {"shots": whole, "seed": whole}
+    parts = [(config, kinds), (record, {"created": str, "versions": dict})]
+    parts += [(record, {"seconds": int | float, "device": str})]
+    for part, kinds in parts:
+        for name, kind in kinds.items():
+            if not isinstance(part[name], kind) or isinstance(part[name], bool):
+                raise ValueError(f"its {name} is {part[name]!r:.60}")
+    if config["protocol"] not in PROTOCOLS:
+        raise ValueError(f"its protocol is {config['protocol']!r:.60}")
 
 
 def find_run(config: dict, root=None) -> dict | None:

@@ -309,7 +309,7 @@ def _board(title, protocol, cells, level):
             column: _number(part.iloc[0]) for column, part in group.groupby("column")
         }
         table.add_row(
-            *map(str, key),
+            *(Text(str(part)) for part in key),
             *(texts.get(name, "") for name in names),
             str(group["seeds"].max()),
         )

@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from promptkit.errors import InputError
 
@@ -56,7 +57,8 @@ def rows_table(rows):
     }
     grid = table(heads.values())
     for row in rows[list(heads)].to_dict("records"):
-        grid.add_row(*(formats.get(key, str)(value) for key, value in row.items()))
+        texts = (formats.get(key, str)(value) for key, value in row.items())
+        grid.add_row(*map(Text, texts))  # a name may hold brackets
     return grid
 
 
@@ -73,9 +75,13 @@ def option(kind, text, *names, show_default=False, **more):
 def whole(text) -> int:
     """A whole number of an option; which ones fit, the command checks."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no whole number") from None
+        value = None
+    if value is None or abs(value) >= 10**18:
+        shown = repr(text) if len(str(text)) < 60 else f"{str(text)[:57]!r}..."
+        raise typer.BadParameter(f"{shown} is no whole number of up to 18 digits")
+    return value
 
 
 def number(text) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from promptkit.cli import console, values
 from promptkit.cli.commands import app
@@ -105,7 +106,8 @@ def predict(
         table = console.table(["image", "class", "probability"])
         for row in rows:
             for n, (name, value) in enumerate(row["classes"].items()):
-                table.add_row("" if n else row["image"], name, f"{value:.1%}")
+                texts = ("" if n else row["image"], name, f"{value:.1%}")
+                table.add_row(*map(Text, texts))  # a name may hold brackets
         console.out.print(table)
     if unusable:
         say(f"{unusable} of {len(paths)} files could not be classified")

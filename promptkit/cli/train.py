@@ -35,6 +35,7 @@ from promptkit.cli.console import (
     whole,
 )
 from promptkit.errors import InputError
+from promptkit.files import check_writable
 from promptkit.parameters import whole_numbers
 
 
@@ -168,12 +169,17 @@ def run(
         raise InputError("--save makes one run here: leave out --workers, --scheduler")
     if save and save.suffix != ".safetensors":
         raise InputError(f"--save takes the name of a .safetensors file, not {save}")
+    if save and save.is_dir():
+        raise InputError(f"--save takes the name of a file, and {save} is a folder")
+    if save:
+        check_writable(save.parent, "--save")
     with console.err.status("loading ..."):
         from promptkit.grids import SweepError, execute_all, grid
         from promptkit.recipe import Setting
         from promptkit.results import results_dir
         from promptkit.runs import backbone, execute
         from promptkit.workers import sweep_results, sweep_temporaries
+    check_writable(results_dir(results), "--results")
     profile = values.choose_profile(profile, data, model)
     Setting(
         protocol, profile=profile

@@ -80,7 +80,16 @@ def class_names(classes: str | None, file: Path | None) -> list[str] | None:
         return read_names(file)
     if classes is None:
         return None
-    return names("--classes", [name for name in classes.split(",") if name.strip()])
+    from promptkit.data.names import same
+
+    found = [name.strip() for name in classes.split(",") if name.strip()]
+    if not found:
+        raise InputError(f"--classes names nothing: {classes!r}")
+    seen = {}
+    for name in found:  # blanks belong to a name: "red fox,otter"
+        if seen.setdefault(same(name), name) != name or found.count(name) > 1:
+            raise InputError(f"--classes names {name!r} twice: {classes!r}")
+    return found
 
 
 # --- settings -------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 import open_clip
@@ -85,15 +86,9 @@ class Listing:
                         f"{where}: label {label} of {path} is both {names[label]!r} and"
                         f" {name!r}"
                     )
-            missing = [
-                label
-                for label in range(max(names, default=0) + 1)
-                if label not in names
-            ]
-            if missing:
-                raise InputError(
-                    f"{where}: no training image has the label {missing[0]}"
-                )
+            missing = next(label for label in count() if label not in names)
+            if missing <= max(names, default=0):
+                raise InputError(f"{where}: no training image has the label {missing}")
             self.classnames = [names[label] for label in sorted(names)]
         for part in PARTS:
             for path, label, name, *_ in getattr(self, part):
@@ -276,13 +271,14 @@ def read_split(path: Path, images: str) -> tuple[Listing, str | None]:
         for n, row in enumerate(rows if isinstance(rows, list) else [rows]):
             try:
                 impath, label, classname = row
+                whole = not isinstance(label, bool) and int(label) == float(label)
                 label = int(label)
                 safe = (
                     not impath.startswith("/")
                     and ".." not in PurePosixPath(impath).parts
                 )
-                fits = isinstance(classname, str) and label >= 0 and safe
-            except (TypeError, ValueError, AttributeError):
+                fits = isinstance(classname, str) and whole and label >= 0 and safe
+            except (TypeError, ValueError, AttributeError, OverflowError):
                 fits = False
             if not fits:
                 raise InputError(

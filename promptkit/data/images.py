@@ -155,6 +155,8 @@ def read_image(path, turn: bool = False) -> torch.Tensor:
         InputError: it is missing, damaged, cut short, no image, or of numbers whose
             range is not clear.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InputError(f"{path} is no file but a pipe or a device: name an image")
     try:
         with Image.open(path) as image:
             image.load()

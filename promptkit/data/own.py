@@ -47,7 +47,7 @@ def is_path(name: str) -> bool:
         or "\\" in name
         or name.startswith((".", "~"))
         or name.lower().endswith(LISTS)
-        or Path(name).is_dir()
+        or os.path.isdir(name)
     )
 
 
@@ -107,16 +107,16 @@ def read(path) -> Listing:
             missing.
     """
     path = Path(path).expanduser()
+    if not os.path.exists(path):  # a name that is too long for the system too
+        raise InputError(f"there is no folder or CSV file {path}")
     if path.is_dir():
         listing = _read_folder(path)
     elif path.suffix.lower() == ".json" and path.is_file():
         listing = _read_split(path)
     elif path.suffix.lower() in LISTS and path.is_file():
         listing = _labelled(path.parent, _read_list(path), path)
-    elif path.exists():
-        raise InputError(f"{path} is neither a folder nor a CSV file: {EXPECTED}")
     else:
-        raise InputError(f"there is no folder or CSV file {path}")
+        raise InputError(f"{path} is neither a folder nor a CSV file: {EXPECTED}")
     listing.turn = True
     listing.check(name_of(path))
     return _several(listing, path)
