@@ -333,11 +333,10 @@ def assemble(clip: FrozenCLIP, classnames: Sequence[str], segments: Sequence) ->
 
 class Context(nn.Module):
     """Learned tokens around a class name: CoOp's prompt learner (arXiv 2109.01134,
-    section 3.2).
+    section 3.2). With h = M // 2, or where "[CLS]" stands in the words::
 
         end:    SOS | v_1 .. v_M | name . EOT
-        middle: SOS | v_1 .. v_h | name | v_h+1 .. v_M | . EOT,   h = M // 2, or where
-            "[CLS]" stands in the words
+        middle: SOS | v_1 .. v_h | name | v_h+1 .. v_M | . EOT
         front:  SOS | name | v_1 .. v_M | . EOT
 
     The name is tokenised with what follows it, and the published code, followed here,
