@@ -17,8 +17,8 @@ from promptkit.files import write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES = ("mini", "mini-teacher")
-# Of the images that they were pre-trained on. load_clip() reads them by the mean and std
-# of OpenAI's CLIP, as all stored runs do.
+# Of the images that they were pre-trained on. load_clip() reads images by the mean and
+# std of OpenAI's CLIP instead, and all stored runs did.
 IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 VOCABULARY = 49408
 

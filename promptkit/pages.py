@@ -191,7 +191,7 @@ PromptSRC are drawn towards hand-written prompts, among them the task's own. A r
 marked * is a host trained by the recipe of the plug-in that extends it.
 
 ```{{figure}} _static/leaderboard.svg
-:alt: Each method as a point, base accuracy across and new accuracy up, with lines of equal harmonic mean.
+:alt: Each method as a point, base accuracy across, new accuracy up; lines of equal H.
 Accuracy on base and on new classes, averages of {tasks} tasks; dotted lines join equal
 harmonic means, arrows lead from a host to its plug-in.
 ```

@@ -140,7 +140,8 @@ def visit(browser, address):
     )
     browser.execute_async_script("""
         const done = arguments[0];
-        const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
+        const loaded = window.MathJax && MathJax.startup;
+        const ready = loaded ? MathJax.startup.promise : Promise.resolve();
         ready.then(() => document.fonts.ready).then(() => setTimeout(done, 100));
     """)
     errors = [

@@ -417,7 +417,8 @@ def test_files_of_sentences(room, case):
 WEIGHTS = (
     "a.pt b.pt c.pt a.safetensors b.safetensors o.bin script.pt empty.pt page.pt"
     " lfs.safetensors text.safetensors text.pt text.pth.tar big.npz one.npy a.zip"
-    " folder gone.pt list.pt tensor.pt other.pt none.pt hf.bin two.pt lacking.pt more.pt"
+    " folder gone.pt list.pt tensor.pt other.pt none.pt hf.bin two.pt lacking.pt"
+    " more.pt"
     " nan.pt wide.pt deep.pt long.pt"
 ).split()
 

@@ -227,7 +227,8 @@ def test_settings_keep_their_types(world):
     )
     (path,) = world.glob("results/few-shot/*.json")
     assert json.loads(path.read_text())["config"]["overrides"] == {
-        "n_ctx": 2, "init": "", "class_specific": True, "position": "front", "lr": 0.1, "epochs": 1,
+        "n_ctx": 2, "init": "", "class_specific": True, "position": "front",
+        "lr": 0.1, "epochs": 1,
     }  # fmt: skip
 
 

@@ -503,7 +503,8 @@ SWEEP = """
 import sys
 from test_protocols import toy, tiny
 from promptkit.grids import sweep
-sweep("few-shot", [("coop", {"n_ctx": 2, "epochs": 4, "batch_size": 8})], toy(), range(1, 101), [4],
+quick = {"n_ctx": 2, "epochs": 4, "batch_size": 8}
+sweep("few-shot", [("coop", quick)], toy(), range(1, 101), [4],
       clip=tiny(), results=sys.argv[1], progress=False)
 """
 

@@ -306,7 +306,8 @@ def test_averages_of_transfer_leave_the_source_out():
 
 def test_variants_and_shots_are_kept_apart():
     runs = table(
-        record(protocol="few-shot", shots=1, all=10), record(protocol="few-shot", shots=4, all=20),
+        record(protocol="few-shot", shots=1, all=10),
+        record(protocol="few-shot", shots=4, all=20),
         record(protocol="few-shot", shots=4, all=30, overrides={"n_ctx": 4}),
     )  # fmt: skip
     cells = summarise(runs, average=False)
@@ -322,7 +323,8 @@ def test_variants_and_shots_are_kept_apart():
 METHODS = set(
     "aape apex argue atprompt awt caspl clip clip_adapter cocoop coop coprompt dept"
     " ivlp kapt kgcoop logoprompt maple mma pomp prograd promptkd promptsrc protext"
-    " qnet tcp textrefiner tip_adapter tip_adapter_f tpt upl waffleclip weak_detectors".split()
+    " qnet tcp textrefiner tip_adapter tip_adapter_f tpt upl waffleclip"
+    " weak_detectors".split()
 )
 BASELINES = set(  # what the papers compare with; none is a registered method
     "ape-t cupl dclip deep_language deep_vision dpt lasp linear-probe plot++ proda"
@@ -334,7 +336,9 @@ DATASETS = set(
     " imagenet21k cub places365 average average_3 average_4 average_5 average_8"
     " average_10".split()
 )
-OTHER_HM = {  # (paper, method, dataset, shots, hm as printed) that are not the harmonic means of their base and new
+# (paper, method, dataset, shots, hm as printed) that are not the harmonic means of their
+# base and new
+OTHER_HM = {
     # printed so, of three numbers that do not belong together
     ("2309.07439", "maple", "fgvc_aircraft", 16, 38.31),
     ("2309.07439", "dept(promptsrc)", "ucf101", 16, 82.46),
@@ -376,7 +380,8 @@ def test_paper_numbers_are_consistent():
     papers = paper_numbers(variants=True)
     assert (
         list(papers.columns)
-        == "paper table method protocol dataset metric shots backbone value variant".split()
+        == "paper table method protocol dataset metric shots backbone value"
+        " variant".split()
     )
     assert (
         not papers.isna().any().any()

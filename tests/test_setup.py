@@ -12,7 +12,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-FIXED = "torch open_clip_torch jupyter-book nbmake matplotlib seaborn ipywidgets papermill".split()
+FIXED = (
+    "torch open_clip_torch jupyter-book nbmake matplotlib seaborn ipywidgets papermill"
+).split()
 
 
 def requirements():
