@@ -297,6 +297,29 @@ def test_a_folder_called_like_an_image(room):
     assert ask("run", "clip", *OWN).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("red fox,otter", ["red fox", "otter"]),
+        (" great  grey owl , wren", ["great  grey owl", "wren"]),
+        ("[x] cat,[/] dog", ["[x] cat", "[/] dog"]),
+        ("one thing", ["one thing"]),
+        ("a,,b,", ["a", "b"]),
+    ],
+)
+def test_class_names_keep_their_blanks_and_brackets(room, text, found):
+    good()
+    words = ("predict", "photo.png", "--classes", text)
+    (row,) = json.loads(ask(*words, "--json").stdout)
+    assert sorted(row["classes"]) == sorted(found)
+    assert all(name in ask(*words).stdout for name in found)
+
+
+def test_a_table_of_results_keeps_brackets(room):
+    save_run(base_new(80.0, 60.0, overrides={"template": "[b] a {}"}))
+    assert "template=[b] a {}" in ask("leaderboard", "--data", "all").stdout
+
+
 # --- folders and lists ----------------------------------------------------------------
 
 
