@@ -485,7 +485,7 @@ def load_clip(
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     if name in MINI:
         for option, value in dict(
             pretrained=pretrained, like=like, quickgelu=quickgelu
@@ -536,6 +536,25 @@ def load_clip(
         source=source,
         **{fact: preprocess.get(fact) for fact in facts},
     )
+
+
+def _device(device) -> torch.device:
+    """A device that this machine has; by default a GPU if there is one."""
+    try:
+        device = torch.device(
+            device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"the device {device!r} is none that torch knows; use 'cpu' or 'cuda'"
+        ) from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(
+            f"the device {str(device)!r} is asked for, and torch finds {count} GPUs on"
+            " this machine; leave it out, or use 'cpu'"
+        )
+    return device
 
 
 def _again(source: dict, fingerprint: str) -> FrozenCLIP:

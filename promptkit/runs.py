@@ -654,7 +654,7 @@ def _number(target, split, value):
 def evaluate(
     checkpoint, datasets, *, protocol="few-shot", method=None, hparams=None, model=None,
     pretrained=None, like=None, quickgelu=None, precision=None, root=None, device=None,
-    seed=0,
+    seed=0, classnames=None, descriptions=None,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure a trained method on datasets, re-aimed at their classes, with rows like a
     run's; nothing is stored.
@@ -668,7 +668,7 @@ def evaluate(
         method, hparams: of an official checkpoint, as ``build`` takes them.
         model, pretrained, like, quickgelu, precision, device: its backbone, as
             ``load_clip`` takes them.
-        root: folder of the real datasets.
+        root, classnames, descriptions: of the datasets, as ``load_dataset`` takes them.
 
     Returns:
         Tidy rows with the columns ``promptkit.results.COLUMNS``.
@@ -686,13 +686,19 @@ def evaluate(
         clip = _clip(name, weights, device, precision or "fp32", like, quickgelu)
     elif not isinstance(checkpoint, Method):
         trained = load_method(checkpoint, pretrained=pretrained, device=device, **how)
+        if precision not in (None, trained.clip.precision):
+            raise InputError(
+                f"{checkpoint} was trained at {trained.clip.precision}, and is measured"
+                f" so: leave out precision={precision}"
+            )
     else:
         trained = checkpoint
     tables = []
     for dataset in datasets if isinstance(datasets, list | tuple) else [datasets]:
         if isinstance(dataset, str):
-            where = {} if root is None else {"root": root}
-            dataset = data.load_dataset(dataset, **where)
+            given = dict(root=root, classnames=classnames, descriptions=descriptions)
+            given = {key: value for key, value in given.items() if value is not None}
+            dataset = data.load_dataset(dataset, **given)
         if method is not None:
             first = data.base_new(dataset)[0] if protocol == "base-to-new" else dataset
             trained = registry.load_official(

@@ -171,15 +171,15 @@ def saves_and_loads(spec, clip, folder):
         and config["hparams"] == method.hparams
     )
 
-    config["clip"]["fingerprint"] = "0" * 64
-    data = path.read_bytes()
-    other = folder / "other.safetensors"
-    other.write_bytes(
-        data.replace(clip.fingerprint.encode(), b"0" * len(clip.fingerprint))
-    )
+    stranger = FrozenCLIP(copy.deepcopy(clip.model), clip.tokenizer)
+    with torch.no_grad():
+        stranger.model.logit_scale.add_(1)
     with pytest.raises(InputError, match="trained on the weights"):
-        load_method(other, clip)
+        load_method(path, stranger)
+    data, other = path.read_bytes(), folder / "other.safetensors"
     damaged = [data[: len(data) // 2], b"", b"not a file of weights"]
+    edited = data.replace(clip.fingerprint.encode(), b"0" * len(clip.fingerprint))
+    damaged.append(edited)
     if learns(method):
         damaged.append(data[:-1] + bytes([data[-1] ^ 1]))
     for content in damaged:

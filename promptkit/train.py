@@ -145,6 +145,12 @@ def fit(
             method, given.train, part, optimizer, generator, history, first, left, keep,
             name, progress,
         )  # fmt: skip
+    for name, p in method.named_parameters():
+        if p.requires_grad and not p.isfinite().all():
+            raise DivergedError(
+                f"{name} of {method.spec} is not finite after training: lower lr, raise"
+                " warmup_epochs, or use precision='fp32'"
+            )
     if history.losses:
         history.seconds = time.perf_counter() - began
     method.eval()
