@@ -266,8 +266,8 @@ def _restore(path, about, clip, device):
     if clip.fingerprint != wanted:
         raise InputError(
             f"{path} was trained on the weights {wanted[:12]}"
-            f" ({about['clip']['name']}, {about['clip'].get('precision', 'fp32')}), this"
-            f" CLIP has {clip.fingerprint[:12]} ({clip.name}, {clip.precision})"
+            f" ({about['clip']['name']}, {about['clip'].get('precision', 'fp32')}),"
+            f" this CLIP has {clip.fingerprint[:12]} ({clip.name}, {clip.precision})"
         )
     objects = {}
     for name, thing in about.get("objects", {}).items():

@@ -66,9 +66,9 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
 
 @pytest.mark.parametrize("missing", ["imagenet", "dtd"])
 def test_a_missing_dataset_is_named_before_anything_runs(
-    real_root,
+    real_root,  # noqa: F811
     missing,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     (real_root / TABLE[missing].folder).rename(real_root / "elsewhere")
     words = ["reproduce", "--profile", "full", "--root", real_root, "--model", "mini"]

@@ -336,8 +336,8 @@ DATASETS = set(
     " imagenet21k cub places365 average average_3 average_4 average_5 average_8"
     " average_10".split()
 )
-# (paper, method, dataset, shots, hm as printed) that are not the harmonic means of their
-# base and new
+# (paper, method, dataset, shots, hm as printed) that are not the harmonic means of
+# their base and new
 OTHER_HM = {
     # printed so, of three numbers that do not belong together
     ("2309.07439", "maple", "fgvc_aircraft", 16, 38.31),

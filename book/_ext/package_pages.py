@@ -62,8 +62,8 @@ def fill(app, docname, source):
 
     source[0] = LINE.sub(sections, source[0])
     if RECIPES.search(source[0]):
-        from promptkit.method import methods
         from promptkit.published import table
+        from promptkit.registry import methods
 
         source[0] = RECIPES.sub(lambda line: table(methods()), source[0])
 

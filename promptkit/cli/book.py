@@ -297,10 +297,12 @@ def _board(title, protocol, cells, level):
         cells.sort_values("shots", kind="stable") if protocol == "few-shot" else cells
     )
     names = list(dict.fromkeys(cells["column"]))
-    average = cells.loc[cells["target"] == "average", "datasets"].max()
+    counts = cells.loc[cells["target"] == "average", "datasets"]
+    least, most = counts.min(), counts.max()
+    several = f"{most}" if least == most else f"{least} to {most}"
     title = (
         f"{title}: accuracy in % ± {level:.0%} interval over seeds; average of"
-        f" {average} datasets"
+        f" {several} datasets"
     )
     table = console.table(["data", "method", *keys[2:], *names, "seeds"], title=title)
     rows = cells.assign(first=cells["dataset"] != "average").groupby(["first", *keys])

@@ -132,6 +132,16 @@ Settings = option(
     "--set",
     metavar="KEY=VALUE",
 )
+ClassNames = option(
+    Path | None,
+    "A file of names for the classes of your own images: a name a line, or"
+    " 'folder,name'.",
+)
+Descriptions = option(
+    Path | None,
+    'A JSON file of sentences about the classes, {"heron": ["a grey bird"]}, for'
+    " methods that read some.",
+)
 Device = option(str | None, "cpu or cuda; default: a GPU if there is one.")
 Precision = option(str, "fp32, bf16 or fp16.", show_default=True)
 Model = option(

@@ -11,6 +11,8 @@ import typer
 from promptkit.cli import console, values
 from promptkit.cli.commands import app
 from promptkit.cli.console import (
+    ClassNames,
+    Descriptions,
     Device,
     Json,
     Like,
@@ -120,16 +122,8 @@ def run(
         str | None,
         "Datasets that cross-dataset tests on; default: all but the source.",
     ) = None,
-    classnames: option(
-        Path | None,
-        "A file of names for the classes of your own images: a name a line, or"
-        " 'folder,name'.",
-    ) = None,
-    descriptions: option(
-        Path | None,
-        'A JSON file of sentences about the classes, {"heron": ["a grey bird"]}, for'
-        " methods that read some.",
-    ) = None,
+    classnames: ClassNames = None,
+    descriptions: Descriptions = None,
     profile: Profile = None,
     model: Model = None,
     pretrained: Pretrained = None,
@@ -291,6 +285,8 @@ def evaluate(
         "Which method a checkpoint of its own repository is of; its hyperparameters are"
         " given by --set.",
     ) = None,
+    classnames: ClassNames = None,
+    descriptions: Descriptions = None,
     settings: Settings = None,
     model: Model = None,
     pretrained: Pretrained = None,
@@ -323,6 +319,7 @@ def evaluate(
         precision=precision,
         root=None if root is None else str(root),
         device=device,
+        **values.naming(classnames, descriptions),
         **weights(like, quickgelu),
     )
     if as_json:

@@ -252,7 +252,16 @@ class DePT(Plugin):
         }
         if name in published:
             batch_size, lr = (1, 0.002) if name == "cocoop" else (4, 0.0035)
+            depth = len(setting.host.names) - 1
+            hparams = _innermost(recipe.hparams, depth, published[name])
             recipe = replace(
-                recipe, hparams=published[name], epochs=10, batch_size=batch_size, lr=lr
+                recipe, hparams=hparams, epochs=10, batch_size=batch_size, lr=lr
             )
         return replace(recipe, hparams={"host": recipe.hparams})
+
+
+def _innermost(hparams, depth, own):
+    """Hyperparameters of `depth` plug-ins around a host, with the host's `own`."""
+    if not depth:
+        return own
+    return {**hparams, "host": _innermost(hparams.get("host", {}), depth - 1, own)}
