@@ -55,7 +55,7 @@ class Run:
         clip: name of a model for :func:`promptkit.clip.load_clip`, or a FrozenCLIP.
         pretrained, like, quickgelu, device, precision: as ``load_clip`` takes them.
         classnames, descriptions: files of names for the classes of one's own data, and
-            of sentences about them, see :func:`promptkit.data.load_dataset`.
+            of sentences about them, see :func:`~promptkit.data.datasets.load_dataset`.
         labels: what to call data at a path, where its own name is taken: name by path.
         profile: "smoke", "mini" or "full", see :func:`promptkit.recipe.for_profile`.
         overrides: fields of the recipe (lr, epochs, ...), hyperparameters of the method
