@@ -172,9 +172,9 @@ def execute_all(
                 what = f"{run.method} on {name}, {run.shots} shots, seed {run.seed}"
                 failures.append(f"{what}: {error}")
     if failures:
+        others = ", the others are stored" if len(failures) < len(plans) else ""
         raise SweepError(
-            f"{len(failures)} of {len(plans)} runs failed, the others are stored;"
-            f" {failures[0]}"
+            f"{len(failures)} of {len(plans)} runs failed{others}; {failures[0]}"
         )
     return newest(rows)
 

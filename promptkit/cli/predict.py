@@ -24,6 +24,7 @@ from promptkit.cli.console import (
     whole,
 )
 from promptkit.errors import InputError
+from promptkit.files import check_writable
 
 
 @app.command(
@@ -168,6 +169,7 @@ def export(
     device: Device = None,
 ):
     """Write a trained method as one network, which runs without promptkit."""
+    check_writable(output.parent, "the file to write")
     with console.err.status("loading ..."):
         from promptkit.export import export_checkpoint
     how = weights(like, quickgelu) | {"pretrained": pretrained, "device": device}
