@@ -688,3 +688,11 @@ def test_registration_says_what_is_wrong():
             register(type("Odd", (Method,), fields))
     with pytest.raises(InputError, match="states no recipe"):
         register(type("Silent", (Method,), {"name": "silent"})).recipe(Setting())
+
+
+def test_published_options_of_a_host_reach_it_through_a_plugin_between():
+    register(Local)
+    setting = Setting("base-to-new", "sat", profile="full")
+    plan = recipe("dept(local(coop))", setting)
+    assert plan.hparams == {"host": {"host": {"n_ctx": 16}}}
+    assert (plan.lr, plan.batch_size) == (0.0035, 4)
