@@ -16,6 +16,7 @@ from PIL import Image
 from test_cli import process, promptkit, world  # noqa: F401
 from test_protocols import tiny, toy
 from test_reproduce import chapter
+from test_workers import heeding_signals
 
 from promptkit import clip as clip_module
 from promptkit import registry, results
@@ -528,6 +529,7 @@ def begin(*words, folder, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heeding_signals,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from test_cases_doors import RUN, ask, listing, refused, room  # noqa: F401
 from test_cli import world  # noqa: F401
 from test_protocols import NAMES, tiny, toy
-from test_workers import WORKING, is_alive, running
+from test_workers import WORKING, is_alive, running  # noqa: F401
 
 from promptkit import clip as clip_module
 from promptkit import data, identity, registry, runs
@@ -166,8 +166,8 @@ def test_case_14_two_folders_of_one_name(room):  # noqa: F811
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
-def test_case_16_workers_end_with_their_parent(tmp_path, number):
-    process, pids = running(tmp_path, WORKING)
+def test_case_16_workers_end_with_their_parent(running, number):  # noqa: F811
+    process, pids = running(WORKING)
     assert len(pids) == 2 and all(map(is_alive, pids))
     process.send_signal(getattr(signal, number))
     process.wait(10)

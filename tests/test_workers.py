@@ -128,21 +128,40 @@ def test_whoever_stops_listening_ends_the_others(tmp_path):
     assert time.monotonic() - began < 30
 
 
-def running(tmp_path, body, **popen):
-    """A Python process of this package; waits until it says that it is at work."""
-    script = tmp_path / "script.py"
-    script.write_text(body)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        **popen,
-    )
-    pids = process.stdout.readline().split()
-    return process, list(map(int, pids))
+def heeding_signals():
+    """Undo what a background shell or nohup does: children inherit ignored signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Starts a Python process of this package, waits until it says that it is at work,
+    and leaves none behind, however a test ends.
+    """
+    started = []
+
+    def start(body, **popen):
+        script = tmp_path / "script.py"
+        script.write_text(body)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=heeding_signals,
+            **popen,
+        )
+        started.append(process)
+        return process, list(map(int, process.stdout.readline().split()))
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def is_alive(pid):
@@ -173,8 +192,8 @@ list(parallel(work, [1, 2], 2))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM", "SIGHUP", "SIGINT"])
-def test_workers_end_with_their_parent(tmp_path, number):
-    process, pids = running(tmp_path, WORKING)
+def test_workers_end_with_their_parent(running, number):
+    process, pids = running(WORKING)
     assert len(pids) == 2 and all(map(is_alive, pids))
     process.send_signal(getattr(signal, number))
     process.wait(10)
@@ -209,8 +228,8 @@ list(parallel(work, [1, 2], 2))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGINT"])
-def test_workers_remove_what_they_were_writing(tmp_path, number):
-    process, pids = running(tmp_path, WRITING, stderr=subprocess.DEVNULL)
+def test_workers_remove_what_they_were_writing(tmp_path, running, number):
+    process, pids = running(WRITING, stderr=subprocess.DEVNULL)
     assert len(list(tmp_path.glob(".*.json-*"))) == 2
     process.send_signal(getattr(signal, number))
     process.wait(10)
