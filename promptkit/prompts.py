@@ -367,8 +367,8 @@ class Context(nn.Module):
 
     Raises:
         InputError: for an unknown position, a length below 1, unusable names, an
-            `ending` without "{}", a class-specific context with words, or a prompt that
-            is too long.
+            `ending` without "{}" (or that does not begin with it, in the middle and in
+            front), a class-specific context with words, or a prompt that is too long.
     """
 
     slot = 0
@@ -389,9 +389,7 @@ class Context(nn.Module):
         if position not in POSITIONS:
             raise unknown("position", position, POSITIONS)
         if "{}" not in ending:
-            raise InputError(
-                f"ending must hold {{}} for the class name, got {ending!r}"
-            )
+            raise InputError(f"ending needs {{}} for the class name, got {ending!r}")
         self.__dict__["clip"] = clip
         self._extra: list[int] = []
         if length is not None and length < 1:
@@ -406,6 +404,11 @@ class Context(nn.Module):
                     " class name: leave one of them out"
                 )
             position = "middle"
+        if position != "end" and not ending.startswith("{}"):
+            raise InputError(
+                f"ending must begin with {{}} where the class name stands {position!r},"
+                f" got {ending!r}"
+            )
         self.position, self.ending, words = position, ending, " ".join(words)
         if words and class_specific:
             raise InputError(

@@ -282,6 +282,8 @@ def test_other_endings(tiny_clip, ending):
     assert_close(tiny_clip.text(context.prompt())[0], oracle, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="ending must hold"):
         Context(tiny_clip, NAMES, ending="a name.")
+    with pytest.raises(InputError, match="must begin with .* 'front'"):
+        Context(tiny_clip, NAMES, position="front", ending="the {}.")
 
 
 def test_where_learned_tokens_start(tiny_clip):
