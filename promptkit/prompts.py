@@ -389,7 +389,9 @@ class Context(nn.Module):
         if position not in POSITIONS:
             raise unknown("position", position, POSITIONS)
         if "{}" not in ending:
-            raise InputError(f"ending needs {{}} for the class name, got {ending!r}")
+            raise InputError(
+                f"ending must hold {{}} for the class name, got {ending!r}"
+            )
         self.__dict__["clip"] = clip
         self._extra: list[int] = []
         if length is not None and length < 1:
