@@ -617,7 +617,7 @@ EDITED = {  # the same for files that another program or version made whole
     ),
     "another backbone": (
         lambda a, t: a["clip"].update(fingerprint="0" * 64),
-        "was trained on the weights 000000000000 \\(tiny\\), this CLIP has",
+        "was trained on the weights 000000000000 \\(tiny, fp32\\), this CLIP has",
     ),
     "a backbone that is gone": (lambda a, t: a["clip"].update(name="ViT-Q"), "ViT-Q"),
     "a backbone as text": (set_to(clip="mini"), "damaged"),
