@@ -1,13 +1,19 @@
-"""Grids of runs: planned, spread over processes; what is stored is only read."""
+"""Grids of runs: planned, spread over processes; what is stored, or ships with the
+package, is only read.
+"""
 
+import dataclasses
 import itertools
+import json
 import os
+import random
+import time
 from collections.abc import Iterable
 
 import pandas as pd
 from tqdm import tqdm
 
-from promptkit import data, identity
+from promptkit import data, evidence, identity
 from promptkit.data import own
 from promptkit.errors import InputError, unknown
 from promptkit.method import register
@@ -23,6 +29,8 @@ from promptkit.workers import (
     with_absolute_paths,
 )
 
+RECORDER = "PROMPTKIT_RECORDER"  # a file for what is asked for, in place of runs
+
 
 class SweepError(RuntimeError):
     """Some runs of a grid failed; all others are stored."""
@@ -30,10 +38,11 @@ class SweepError(RuntimeError):
 
 def sweep(
     protocol: str, methods, datasets, seeds=(1, 2, 3), shots=(16,), *, workers=1,
-    scheduler=None, progress=True, results=None, force=False, **options,
+    scheduler=None, progress=True, results=None, force=False, shipped=True, **options,
 ) -> pd.DataFrame:  # fmt: skip
-    """Run a grid and return all its rows; what is stored already is read and not run
-    again.
+    """Run a grid and return all its rows. A run's come from the results folder, else
+    from the evidence that ships with the package, else the run is made now; how many of
+    each is in the table's ``attrs["origin"]``, see :func:`origin`.
 
     Args:
         protocol: "few-shot", "base-to-new", "cross-dataset" or "domain-generalization".
@@ -41,7 +50,7 @@ def sweep(
             ``("coop", {"n_ctx": 4})``.
         datasets: names or Datasets; for the last two protocols the sources.
         seeds, shots: lists of them.
-        workers, scheduler, progress, results, force: see :func:`execute_all`.
+        workers, scheduler, progress, results, force, shipped: see :func:`execute_all`.
         options: fields of :class:`~promptkit.runs.Run`, of the recipe, and
             hyperparameters, as in :func:`promptkit.protocols.few_shot`.
 
@@ -51,7 +60,7 @@ def sweep(
             them.
     """
     plans = grid(protocol, methods, datasets, seeds, shots, **options)
-    return execute_all(plans, workers, scheduler, progress, results, force)
+    return execute_all(plans, workers, scheduler, progress, results, force, shipped)
 
 
 def grid(
@@ -120,9 +129,10 @@ def benchmark(
 
 def execute_all(
     plans: Iterable[Plan], workers=1, scheduler=None, progress=True, results=None,
-    force=False,
+    force=False, shipped=True, seconds=None,
 ) -> pd.DataFrame:  # fmt: skip
-    """Execute runs, those that are not stored yet, and return the rows of all.
+    """Execute runs, those that are not stored yet and do not ship, and return the rows
+    of all.
 
     A run that fails (its loss diverges, its memory is not enough) does not stop the
     others.
@@ -133,20 +143,22 @@ def execute_all(
             share the results folder.
         progress: show a bar over the runs, or the training's own if there is but one.
         results, force: see :func:`promptkit.runs.execute`.
+        shipped: take rows from the evidence that ships with the package.
+        seconds: begin and wait no longer than so; the rows are of what is done then.
     """
     plans = list(plans)
+    if RECORDER in os.environ:
+        return _recorded(plans)
+    until = None if seconds is None else time.monotonic() + seconds
     alone = workers <= 1 and not scheduler
     if not alone and not all(planned.run.portable for planned in plans):
         raise InputError(
             "parallel workers load model and data themselves: give both by their names"
         )
-    rows, todo, failures = [], [], []
-    for planned in plans:
-        stored = None
-        if not (force or results is False):
-            stored = find_run(planned.config, results)
-        rows += [] if stored is None else [run_rows(stored)]
-        todo += [planned] if stored is None else []
+    rows, todo, yours, failures = [], plans, 0, []
+    if not force:
+        rows, todo, yours = _known(plans, results, shipped)
+    origin = {"yours": yours, "shipped": len(rows) - yours, "now": len(todo)}
     # Other processes get the request and load data and weights themselves; this one has
     # them at hand.
     items = todo
@@ -164,6 +176,7 @@ def execute_all(
     with tqdm(total=len(todo), desc=title, unit="run", disable=hidden) as bar:
         for item, (table, error) in done:
             bar.update()
+            late = until is not None and time.monotonic() > until
             if error is None:
                 rows.append(table)
             else:
@@ -171,12 +184,80 @@ def execute_all(
                 name = getattr(run.dataset, "name", run.dataset)
                 what = f"{run.method} on {name}, {run.shots} shots, seed {run.seed}"
                 failures.append(f"{what}: {error}")
+            if late:
+                break
     if failures:
         others = ", the others are stored" if len(failures) < len(plans) else ""
         raise SweepError(
             f"{len(failures)} of {len(plans)} runs failed{others}; {failures[0]}"
         )
-    return newest(rows)
+    table = newest(rows)
+    table.attrs["origin"] = origin
+    return table
+
+
+def _known(plans, results, shipped):
+    """Tables of the runs that are stored or ship, the plans of the others, and how many
+    are stored.
+    """
+    rows, todo, yours = [], [], 0
+    for planned in plans:
+        stored = None if results is False else find_run(planned.config, results)
+        yours += stored is not None
+        found = None if stored is None else run_rows(stored)
+        if found is None and shipped:
+            found = evidence.find(planned.config)
+        rows += [] if found is None else [found]
+        todo += [planned] if found is None else []
+    return rows, todo, yours
+
+
+def known(plans: Iterable[Plan], results=None) -> pd.DataFrame:
+    """The rows of those runs that are stored or ship; nothing is run."""
+    return newest(_known(plans, results, True)[0])
+
+
+def origin(runs: pd.DataFrame) -> str:
+    """Where the rows of a grid come from, in words: "275 runs: 0 yours, 273 shipped, 2
+    made now".
+    """
+    counts = runs.attrs["origin"]
+    yours, shipped, now = (counts[key] for key in ("yours", "shipped", "now"))
+    total = yours + shipped + now
+    return (
+        f"{total} run{'s' * (total != 1)}: {yours} yours, {shipped} shipped, {now} made"
+        " now"
+    )
+
+
+def _recorded(plans):
+    """Note what is asked for in place of running it, and return rows whose values mean
+    nothing: see :func:`promptkit.audit.asked`.
+    """
+    tables = []
+    with open(os.environ[RECORDER], "a", encoding="utf-8") as file:
+        for planned in plans:
+            if planned.run.portable:
+                file.write(json.dumps(dataclasses.asdict(planned.run)) + "\n")
+            tables.append(_made_up(planned))
+    table = newest(tables)
+    table.attrs["origin"] = {"yours": 0, "shipped": 0, "now": len(plans)}
+    return table
+
+
+def _made_up(planned):
+    draw = random.Random(config_hash(planned.config))
+    targets = [planned.source.name, *(target.name for target in planned.targets)]
+    splits = ("all",)
+    if planned.run.protocol == "base-to-new":
+        splits = ("base", "new", "hm")
+    rows = [
+        {"target": t, "split": s, "metric": "accuracy", "value": draw.uniform(40, 80)}
+        for t in targets
+        for s in splits
+    ]
+    record = {"config": planned.config, "rows": rows, "versions": {}, "hash": ""}
+    return run_rows(record | {"device": "", "seconds": 0.0, "created": ""})
 
 
 def _attempt(item, results, force, progress, classes=()):

@@ -11,11 +11,13 @@ import math
 import types
 import typing
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 from promptkit.errors import InputError, unknown
 
 
+@cache
 def arguments(cls, root) -> dict[str, tuple[Any, Any]]:
     """``{name: (annotation, default)}``, from the constructors of a class and of those
     that it extends, below ``root``.

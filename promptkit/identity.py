@@ -18,15 +18,22 @@ import torch
 
 from promptkit.errors import InputError
 from promptkit.registry import nesting
+from promptkit.results import PROBE
 
-# What every number stands on: from names to tokens, through the towers, to a step.
+# What every number stands on: from pictures and names to tokens, through the towers,
+# to a step and a score.
 CORE = (
+    "data.world",
+    "data.render",
+    "data.tasks",
+    "data.samples",
     "clip",
     "frozen",
     "towers",
     "prompts",
     "method",
     "plugin",
+    "recipe",
     "train",
     "data.features",
 )
@@ -37,17 +44,14 @@ def of_code(spec: str) -> str:
     trees without docstrings.
 
     So a run is made again when a method changes, wherever it was defined, and not when
-    somebody rewords a comment.
+    somebody rewords a comment. The linear probe's is its module's.
     """
+    if spec == PROBE:
+        return _module("promptkit.probe")
     sources = [_module(f"promptkit.{name}") for name in CORE]
     for cls in nesting(spec):
         sources += [_class(base) for base in cls.__mro__]
     return _hash("".join(sources))
-
-
-def of_module(name: str) -> str:
-    """The same of one module of the package."""
-    return _hash(_module(f"promptkit.{name}"))
 
 
 def _class(cls) -> str:
@@ -95,11 +99,8 @@ def _typed(cls) -> str:
 
 @cache
 def _module(name: str) -> str:
-    return _tree(inspect.getsource(import_module(name)))
-
-
-def _tree(source: str) -> str:
-    return ast.dump(_plain(ast.parse(source)))
+    source = inspect.getsource(import_module(name))
+    return _hash(ast.dump(_plain(ast.parse(source))))
 
 
 def _plain(tree):

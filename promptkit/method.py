@@ -517,7 +517,8 @@ class Method(nn.Module, metaclass=MethodType):
         those it extends; objects are left out.
         """
         known = hyperparameters.arguments(cls, Method)
-        return {name: known[name] for name in known if name not in cls.objects()}
+        objects = cls.objects()
+        return {name: known[name] for name in known if name not in objects}
 
     @classmethod
     def objects(cls) -> dict[str, tuple[Any, Any]]:

@@ -3,29 +3,30 @@ claims.
 """
 
 import json
-import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from promptkit.data import MINI_TASKS
+from promptkit.data.tasks import PLAIN
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
+from promptkit.grids import grid, known
 from promptkit.plots import base_new_plane
 from promptkit.recipe import Setting
-from promptkit.registry import methods, parse, recipe
+from promptkit.registry import methods, parse, recipe, specs
 from promptkit.results import (
-    IDENTITY,
     Claim,
     check_claim,
     differences,
     label,
     load_claims,
-    load_results,
     paper_numbers,
     results_dir,
     summarise,
 )
+from promptkit.runs import Plan
 
 # What the papers say of each other's methods.
 COMPARED = [
@@ -43,6 +44,8 @@ COMPARED = [
     ("promptsrc", "above", "maple", "hm"),
     ("promptsrc", "above", "coop", "hm"),
 ]
+SEEDS = (1, 2, 3, 4, 5)
+LEFT_OUT: tuple[str, ...] = ()  # of the leaderboard
 WHERE = {"base": "on base classes", "new": "on new classes", "hm": "in harmonic mean"}
 
 
@@ -81,16 +84,13 @@ def _changes(had, wanted):
     return changed
 
 
-def compared(runs: pd.DataFrame, method: str = "", profile="mini") -> list[Claim]:
+def compared(runs: pd.DataFrame, method: str = "") -> list[Claim]:
     """What the papers say of each other's methods, decided by averages over the tasks.
 
     Args:
-        runs: base-to-new rows, such as :func:`promptkit.results.mini_runs`. What they
-            lack is left out.
+        runs: base-to-new rows of the mini profile. What they lack is left out.
         method: only what is said of this one, by its name; "dept" is about all of its
-            hosts.
-        profile: of the runs; a host is compared with its plug-in at equal settings,
-            which depend on it.
+            hosts. A host is compared with its plug-in at equal settings.
     """
     known = set(label(runs))
     rows = [
@@ -106,7 +106,7 @@ def compared(runs: pd.DataFrame, method: str = "", profile="mini") -> list[Claim
             split,
             "above",
         )
-        for host, plugin in _pairs(runs, profile)
+        for host, plugin in _pairs(runs)
         for split, where in WHERE.items()
     ]
     return [
@@ -120,14 +120,14 @@ def compared(runs: pd.DataFrame, method: str = "", profile="mini") -> list[Claim
     ]
 
 
-def _pairs(runs, profile):
+def _pairs(runs):
     """(host at the plug-in's settings, plug-in) as the labels of runs that hold
     both.
     """
     known = set(label(runs))
     plain = sorted(name for name in known if " | " not in name)
     for plugin in (name for name in plain if name.endswith(")")):
-        host, overrides = equal_host(plugin, profile=profile)
+        host, overrides = equal_host(plugin)
         options = ", ".join(
             f"{key}={value}" for key, value in sorted(overrides.items())
         )
@@ -136,26 +136,36 @@ def _pairs(runs, profile):
             yield host, plugin
 
 
-def leaderboard(folder="book", results=None, profile="mini", table=None) -> Path:
-    """Write ``leaderboard.md`` and its figure into a folder, from the stored
-    base-to-new runs of a profile.
+def asked(datasets=MINI_TASKS, seeds=SEEDS) -> list[Plan]:
+    """The runs of the leaderboard: every method on all tasks of the mini world, and the
+    hosts of plug-ins at the plug-ins' settings.
+    """
+    methods = [spec for spec in specs() if spec not in LEFT_OUT]
+    plugins = [spec for spec in methods if parse(spec)[1]]
+    hosts = [equal_host(plugin) for plugin in plugins]
+    entries = [*methods, ("clip", {"template": PLAIN}), *hosts]
+    return grid("base-to-new", entries, datasets, seeds)
+
+
+def leaderboard(folder="book", runs: pd.DataFrame | None = None) -> Path:
+    """Write ``leaderboard.md`` and its figure into a folder.
 
     Only methods that were measured on all the datasets and seeds that any was are
     ranked.
 
     Args:
-        folder, results: of the book's pages; of the stored runs.
-        table: CSV file for the ranked rows, which :func:`promptkit.results.mini_runs`
-            reads; None: no file.
+        folder: of the book's pages.
+        runs: base-to-new rows of the mini profile; by default those that
+            :func:`asked` names, as far as they are stored or ship.
 
     Raises:
         InputError: there are no such runs.
     """
-    runs = load_results(results, protocol="base-to-new", profile=profile)
+    runs = known(asked()) if runs is None else runs
     if not len(runs):
         raise InputError(
-            f"no base-to-new runs of profile {profile} in {results_dir(results)}: make"
-            " some first"
+            "none of the leaderboard's runs are there: make them by 'promptkit evidence"
+            " fill --chapters leaderboard'"
         )
     runs = runs.assign(label=label(runs))
     tasks = runs["dataset"].nunique()
@@ -166,14 +176,9 @@ def leaderboard(folder="book", results=None, profile="mini", table=None) -> Path
     unseeded = runs.groupby("label")["seed"].max() == 0
     whole = size[(size == tasks * seeds) | (unseeded & (size == tasks))].index
     ranked = runs[runs["label"].isin(whole)]
-    if table is not None:
-        rows = ranked.sort_values([*IDENTITY])[[*IDENTITY, "value"]].to_csv(
-            index=False, float_format="%.4f"
-        )
-        write_atomically(table, lambda file: file.write(rows.encode()))
     with plt.rc_context({"svg.hashsalt": "promptkit"}):
         names = {name: _shown(name) for name in whole}
-        figure = base_new_plane(ranked, list(_pairs(ranked, profile)), names)
+        figure = base_new_plane(ranked, list(_pairs(ranked)), names)
         image = Path(folder) / "_static" / "leaderboard.svg"
         write_atomically(
             image,
@@ -184,10 +189,10 @@ def leaderboard(folder="book", results=None, profile="mini", table=None) -> Path
 
 Every method of this book on the same footing: the {tasks} tasks of the mini world, 16
 images a class, {seeds} seeds, training on the base classes and testing on base and on
-new ones. Each method follows its own paper's recipe, scaled down by the one rule of
-{{py:func}}`promptkit.recipe.for_profile`. Zero-shot CLIP uses each task's own template;
-the contexts of most methods start from "a photo of a", and KgCoOp, ProGrad and
-PromptSRC are drawn towards hand-written prompts, among them the task's own. A row
+new ones. Each method follows its own paper's recipe, as the one rule of
+{{py:func}}`promptkit.recipe.for_profile` puts it. Zero-shot CLIP uses each task's own
+template; the contexts of most methods start from "a photo of a", and KgCoOp, ProGrad
+and PromptSRC are drawn towards hand-written prompts, among them the task's own. A row
 marked * is a host trained by the recipe of the plug-in that extends it.
 
 ```{{figure}} _static/leaderboard.svg
@@ -206,50 +211,21 @@ shown for its order and not for its digits.
 
 Differences of the averages over tasks, one a seed, with 95 % intervals.
 
-{_claims(compared(ranked, profile=profile))}
+{_claims(compared(ranked))}
 
 ## How this page was made
 
 ```bash
-{_commands(ranked)}
+promptkit evidence fill --chapters leaderboard --workers 2
 promptkit pages
 ```
 
-All of them take an hour or two on two cores; what is stored is not run again. The last
-writes this page.
+The first makes what does not ship with the package yet, which is nothing as long as
+nobody changes a method; the second writes this page.
 """
     return write_atomically(
         Path(folder) / "leaderboard.md", lambda file: file.write(text.encode())
     )
-
-
-def _commands(runs) -> str:
-    """What makes these runs, a line a command: the methods as they are, then each with
-    options of its own.
-    """
-    shared = (
-        f"--data all --seeds {','.join(str(s) for s in sorted(set(runs['seed'])) if s)}"
-    )
-    settings = (
-        runs[["method", "options"]]
-        .fillna("")
-        .drop_duplicates()
-        .sort_values(["method", "options"])
-    )
-    plain = ",".join(settings.loc[settings["options"] == "", "method"])
-    lines = [
-        f"promptkit reproduce --benchmark --protocols base-to-new {shared} --methods"
-        f' "{plain}"'
-    ]
-    for method, options in settings[settings["options"] != ""].itertuples(index=False):
-        sets = [
-            f'--set "{key}={value}"'
-            for key, value in re.findall(r"(\w+)=(.*?)(?=, \w+=|$)", options)
-        ]
-        lines.append(
-            " ".join(["promptkit run", method, "--protocol base-to-new", shared, *sets])
-        )
-    return "\n".join(lines)
 
 
 def claims(folder="book", results=None) -> Path:

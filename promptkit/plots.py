@@ -13,12 +13,18 @@ import seaborn as sns
 from matplotlib.transforms import Bbox
 
 from promptkit.errors import InputError
-from promptkit.results import differences, harmonic_mean, interval, label, summarise
+from promptkit.results import (
+    PROBE,
+    differences,
+    harmonic_mean,
+    interval,
+    label,
+    summarise,
+)
 
 MARKERS = "o s ^ D v P X <".split()
 LINES = ["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1))]
 HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++"]
-PROBE = "linear-probe"
 SPLITS = {
     "base": "base classes",
     "new": "new classes",

@@ -30,6 +30,8 @@ from promptkit.files import write_atomically
 from promptkit.recipe import PROTOCOLS, TRANSFER
 
 SPLITS = ("base", "new", "hm", "all")
+# The baseline of the few-shot figures: no method, but measured and stored like one.
+PROBE = "linear-probe"
 # What a results folder holds, by which it is known again; what a project's root holds.
 FOLDERS = ("few-shot", "base-to-new", *TRANSFER, "claims", "trained", "checkpoints")
 ROOTS = (".git", "pyproject.toml", "_config.yml")
@@ -57,6 +59,7 @@ COLUMNS = [
     "device",
     "seconds",
     "parameters",
+    "memory",
     "promptkit",
     "torch",
     "open_clip",
@@ -196,14 +199,17 @@ def find_run(config: dict, root=None) -> dict | None:
         return None
 
 
+def options_of(config: dict) -> str:
+    """What a table calls the overrides of a run: "epochs=10, lr=0.01"."""
+    overrides = sorted(config.get("overrides", {}).items())
+    return ", ".join(f"{key}={value}" for key, value in overrides)
+
+
 def run_rows(record: dict) -> pd.DataFrame:
     """A run as tidy rows, one a measured number, with the columns ``COLUMNS``;
     accuracies are in percent.
     """
     config = record["config"]
-    options = ", ".join(
-        f"{key}={value}" for key, value in sorted(config.get("overrides", {}).items())
-    )
     digests = config.get("data", {})  # runs of earlier versions have none
 
     def data_of(target):
@@ -223,9 +229,10 @@ def run_rows(record: dict) -> pd.DataFrame:
         )
     }
     shared |= {
-        "options": options,
+        "options": options_of(config),
         "precision": config.get("clip", {}).get("precision", "fp32"),
         "parameters": record.get("parameters"),
+        "memory": record.get("memory"),
         **{key: record[key] for key in ("hash", "device", "seconds", "created")},
     }
     rows = [
@@ -468,28 +475,6 @@ def paper_numbers(variants=False, **filters) -> pd.DataFrame:
     if not variants and "variant" not in filters:
         rows = rows[rows["variant"] == ""]
     return _filtered(rows, filters)
-
-
-def mini_runs(**filters) -> pd.DataFrame:
-    """The runs of the leaderboard, which come with the package: base-to-new on all
-    tasks of the mini world.
-
-    They were made by the commands on the leaderboard's page and are here for claims
-    that need more runs than a chapter has time for.
-
-    Args:
-        filters: column=value or column=[values] to keep.
-
-    Returns:
-        Tidy rows as those of any sweep, with the columns ``IDENTITY`` and ``value``.
-    """
-    path = resources.files("promptkit").joinpath("assets/mini_runs.csv")
-    with path.open(encoding="utf-8") as file:
-        rows = pd.read_csv(file, keep_default_na=False)
-    rows = rows.assign(
-        precision=rows.get("precision", "fp32"), data=rows.get("data", "")
-    )
-    return _filtered(rows[[*IDENTITY, "value"]], filters)
 
 
 def compare(

@@ -5,6 +5,7 @@ a seed, and its rows say 0 for both. The test images are read once, after traini
 nothing is chosen by them.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -25,6 +26,7 @@ from promptkit.method import Method
 from promptkit.recipe import TRANSFER, Recipe, Setting
 from promptkit.registry import build, load_method, nesting, supervision
 from promptkit.results import (
+    PROBE,
     config_hash,
     find_run,
     harmonic_mean,
@@ -35,8 +37,6 @@ from promptkit.results import (
 )
 from promptkit.train import History, accuracy, fit
 
-# The baseline of the few-shot figures: no method, but measured and stored like one.
-PROBE = "linear-probe"
 RECIPE_FIELDS = {f.name for f in dataclasses.fields(Recipe)}
 RECIPE_FIELDS -= {"hparams", "objects", "stages"}
 
@@ -198,10 +198,7 @@ def estimate(plan: Plan) -> dict[str, str]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = _peak_memory()
+    memory = _peak_memory(device)
     minutes = steps * seconds / 60
     spent = f"{60 * minutes:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
     spent = spent if minutes < 90 else f"{minutes / 60:.1f} hours"
@@ -209,10 +206,25 @@ def estimate(plan: Plan) -> dict[str, str]:
     return {"estimate": f"about {spent} of training{more}"}
 
 
-def _peak_memory() -> int | None:
-    """Bytes of main memory that this process has held at most, where the system
-    tells.
+def _forget_peak(device):
+    """Let peak memory count from now on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # Linux alone has it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device) -> int | None:
+    """Bytes that were held at most, on the GPU or else by this process, where the
+    system tells.
     """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
@@ -262,9 +274,7 @@ def plan(run: Run) -> Plan:
         "method": run.method.replace(" ", ""),
         "overrides": run.overrides,
         "recipe": asdict(replace(recipe, objects={})),
-        "code": (
-            identity.of_module("probe") if is_probe else identity.of_code(run.method)
-        ),
+        "code": identity.of_code(run.method),
         "protocol": run.protocol,
         "dataset": source.name,
         "data": {dataset.name: dataset.identity for dataset in tested},
@@ -482,6 +492,8 @@ def execute(
         stored = find_run(planned.config, results)
     if stored is not None:
         return run_rows(stored)
+    device = torch.device(planned.clip.device)
+    _forget_peak(device)
     began = time.perf_counter()
     source = planned.source
     if force:
@@ -505,6 +517,7 @@ def execute(
         planned.clip,
         round(time.perf_counter() - began, 3),
         learned,
+        memory=_mebibytes(_peak_memory(device)),
         training={"seconds": round(history.seconds, 3), "losses": history.losses},
     )
     if results is not False:
@@ -728,6 +741,10 @@ def _evaluated(method, dataset, protocol, label, seed):
     }
     seconds = round(time.perf_counter() - began, 3)
     return run_rows(_record(config, rows, clip, seconds, method.n_parameters))
+
+
+def _mebibytes(n):
+    return None if n is None else round(n / 2**20)
 
 
 def _record(config, rows, clip, seconds, parameters, **more):

@@ -256,16 +256,17 @@ def _boards(summary, level):
 
 @app.command(epilog=examples("pages", "pages --results results --book book"))
 def pages(
-    results: Results = None,
+    results: option(
+        Path | None, "Folder with the chapters' claims; default: as for runs."
+    ) = None,
     book: option(Path, "Folder of the book's pages.", show_default=True) = Path("book"),
 ):
-    """Write the book's leaderboard and claims pages from stored runs."""
+    """Write the book's leaderboard from the evidence, and its claims page from what the
+    chapters found.
+    """
     from promptkit import pages
 
-    # Of the checkout whose book this is.
-    table = Path("promptkit") / "assets" / "mini_runs.csv"
-    table = table if table.parent.is_dir() else None
-    say(f"wrote {pages.leaderboard(book, results, table=table)}")
+    say(f"wrote {pages.leaderboard(book)}")
     say(f"wrote {pages.claims(book, results)}")
 
 

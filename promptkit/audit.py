@@ -1,0 +1,294 @@
+"""The evidence kept up: what the book asks for, what of it is missing, and whether the
+runs that ship still come out.
+
+What a chapter asks for is found by executing it with a recorder in place of the runner,
+so there is no second list of its experiments.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+from promptkit import evidence, pages
+from promptkit.errors import InputError, unknown
+from promptkit.files import cache_folder, write_atomically
+from promptkit.grids import RECORDER, execute_all
+from promptkit.reproduce import find_chapters, reproduce, select_chapters
+from promptkit.results import find_run, results_dir
+from promptkit.runs import Plan, Run, plan
+
+TOLERANCE = 2.0  # points that a run may be away, as another processor rounds otherwise
+LEADERBOARD = "leaderboard"  # the page that asks for runs beside the chapters
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a chapter or page asks for, as numbers of runs."""
+
+    name: str
+    asked: int
+    there: int
+    loose: int  # shipped, but measured with other code
+    missing: int
+    minutes: float  # of one core, for what is missing and loose
+
+
+def requests(chapters=None, folder="notebooks", workers=1, progress=True):
+    """What the book asks for: {chapter or page: [Run, ...]}, mini profile.
+
+    A chapter is executed for it, on made-up numbers and once for its text and this
+    package: the answer is kept in the cache folder.
+
+    Args:
+        chapters: see :func:`promptkit.reproduce.select_chapters`; "leaderboard" names
+            the page.
+
+    Raises:
+        InputError: a chapter failed; the text has its error.
+    """
+    words = chapters.replace(",", " ").split() if isinstance(chapters, str) else []
+    found = {}
+    if not words or LEADERBOARD in words:
+        found[LEADERBOARD] = [planned.run for planned in pages.asked()]
+    words = [word for word in words if word != LEADERBOARD]
+    if not words and chapters and chapters != "all":
+        return found
+    paths = select_chapters(words or None, find_chapters(folder))
+    kept = {path: cache_folder("asked") / f"{_key(path)}.jsonl" for path in paths}
+    new = [path for path in paths if not kept[path].exists()]
+    if new:
+        _record(new, kept, folder, workers, progress)
+    for path in paths:
+        lines = kept[path].read_text(encoding="utf-8").splitlines()
+        found[path.stem] = [_run(json.loads(line)) for line in dict.fromkeys(lines)]
+    return found
+
+
+def _key(path):
+    """Names a chapter's code and the package's."""
+    notebook = nbformat.read(path, as_version=4)
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    package = Path(__file__).parent
+    sources += [file.read_text("utf-8") for file in sorted(package.rglob("*.py"))]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
+
+
+def _run(fields):
+    return Run(**fields | {"targets": tuple(fields["targets"])})
+
+
+def _record(paths, kept, folder, workers, progress):
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in paths:
+            note = Path(scratch) / f"{path.stem}.jsonl"
+            note.touch()
+            settings = {RECORDER: str(note), "PROMPTKIT_RESULTS": f"{scratch}/results"}
+            with _environment(settings):
+                (report,) = reproduce(
+                    [path.stem], output=scratch, folder=folder, progress=False
+                )
+            if report.error:
+                raise InputError(f"what {path.stem} asks for is not known: it fails at"
+                                 f" {report.error}")  # fmt: skip
+            text = note.read_bytes()
+            write_atomically(kept[path], lambda file, text=text: file.write(text))
+
+
+@contextlib.contextmanager
+def _environment(settings):
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def status(chapters=None, folder="notebooks") -> list[Status]:
+    """What each chapter and page asks for, and how much of it ships."""
+    shipped = evidence.load()
+    known = set(shipped["asked"])
+    costs = shipped.drop_duplicates("asked").groupby("method")["seconds"].mean()
+    found = []
+    for name, runs in requests(chapters, folder).items():
+        plans = _distinct(runs)
+        open_, loose = [], 0
+        for key, planned in plans.items():
+            if evidence.find(planned.config) is None:
+                open_.append(planned)
+                loose += key in known
+        seconds = sum(_cost(planned, costs) for planned in open_)
+        there, missing = len(plans) - len(open_), len(open_) - loose
+        found.append(
+            Status(name, len(plans), there, loose, missing, round(seconds / 60, 1))
+        )
+    return found
+
+
+def _cost(planned, costs):
+    """Seconds that a run takes about: as those of its method, else of all."""
+    method = planned.config["method"]
+    if method in costs:
+        return float(costs[method])
+    return float(costs.mean()) if len(costs) else 10.0
+
+
+def _distinct(runs: Iterable[Run]) -> dict[str, Plan]:
+    plans = (plan(run) for run in runs)
+    return {evidence.asked(planned.config): planned for planned in plans}
+
+
+def fill(
+    chapters=None, folder="notebooks", workers=1, scheduler=None, minutes=None,
+    stale=(), prune=False, progress=True,
+) -> tuple[int, int]:  # fmt: skip
+    """Make the runs that the book asks for and that do not ship, and ship them.
+
+    They are stored as they are made, in ``fill`` of the results folder: when this is
+    killed, the next one goes on from there.
+
+    Args:
+        chapters, folder: see :func:`requests`.
+        workers, scheduler: see :func:`promptkit.grids.execute_all`.
+        minutes: stop after so many.
+        stale: methods whose shipped rows are to be made anew by the code as it is.
+        prune: drop rows that nothing asks for any more.
+
+    Returns: how many runs were added, and how many are still missing.
+
+    Raises:
+        InputError: an unknown method, or one whose shipped rows other code made.
+    """
+    asked = {}
+    for runs in requests(chapters, folder).values():
+        asked |= _distinct(runs)
+    shipped = evidence.load()
+    for method in stale:
+        if method not in set(shipped["method"]):
+            raise unknown("method of the evidence", method, set(shipped["method"]))
+    old = shipped[shipped["method"].isin(stale)]["asked"].unique()
+    stuck = {
+        spec
+        for planned in asked.values()
+        for spec in evidence.specs(planned.config)
+        if spec in set(shipped["method"]) and not evidence.stamped(spec)
+    }
+    if stuck := stuck - set(stale):
+        raise InputError(
+            f"the shipped runs of {', '.join(sorted(stuck))} were measured with other"
+            " code: audit them (promptkit evidence audit), or make them anew (promptkit"
+            f" evidence fill --stale {min(stuck)})"
+        )
+    todo = {
+        key: planned
+        for key, planned in asked.items()
+        if key in set(old) or evidence.find(planned.config) is None
+    }
+    where = results_dir() / "fill"
+    execute_all(
+        todo.values(), workers, scheduler, progress, where, shipped=False,
+        seconds=None if minutes is None else 60 * minutes,
+    )  # fmt: skip
+    made = [find_run(planned.config, where) for planned in todo.values()]
+    made = [record for record in made if record is not None]
+    dropped = set(old)
+    if prune and not chapters:
+        dropped |= set(shipped["asked"]) - set(asked)
+    evidence.add(made, dropped)
+    return len(made), len(todo) - len(made)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A run that ships, made again."""
+
+    method: str
+    what: str
+    apart: float  # points, the largest difference of its numbers
+
+
+def audit(
+    sample=20, seed=0, methods=None, tolerance=TOLERANCE, workers=1, scheduler=None,
+    folder="notebooks", give=True, progress=True,
+) -> list[Audit]:  # fmt: skip
+    """Repeat a random sample of the shipped runs, at least one of every method and
+    protocol, and compare. Where all runs of a method agree it gets its stamp.
+
+    Args:
+        sample: runs beside those.
+        methods: those to look at; default: all.
+        tolerance: points that a number may be away.
+        give: stamp what agrees.
+
+    Returns: one an audited run, the furthest apart first.
+    """
+    asked = {}
+    for runs in requests(None, folder).values():
+        asked |= _distinct(runs)
+    shipped = evidence.load().drop_duplicates("asked")
+    asked = {key: asked[key] for key in shipped["asked"] if key in asked}
+    chosen = choose(asked, sample, seed, methods)
+    return repeat(chosen, tolerance, workers, scheduler, give, progress)
+
+
+def choose(asked: dict[str, Plan], sample: int, seed=0, methods=None) -> list[Plan]:
+    """One run of every method and protocol, the cheapest datasets first, and a random
+    sample of the rest.
+    """
+    if methods is not None:
+        known = {planned.config["method"] for planned in asked.values()}
+        for method in methods:
+            if method not in known:
+                raise unknown("method of the evidence", method, known)
+        asked = {k: p for k, p in asked.items() if p.config["method"] in methods}
+    draw = random.Random(seed)
+    keys = sorted(asked)
+    draw.shuffle(keys)
+    first = {}
+    for key in sorted(keys, key=lambda k: len(asked[k].source.classnames)):
+        config = asked[key].config
+        first.setdefault((config["method"], config["protocol"]), key)
+    rest = [key for key in keys if key not in set(first.values())]
+    return [asked[key] for key in [*first.values(), *rest[:sample]]]
+
+
+def repeat(
+    plans: list[Plan], tolerance=TOLERANCE, workers=1, scheduler=None, give=True,
+    progress=True,
+) -> list[Audit]:  # fmt: skip
+    """Make shipped runs again, compare them, and stamp the methods that agree."""
+    with tempfile.TemporaryDirectory() as scratch:
+        execute_all(plans, workers, scheduler, progress, scratch, shipped=False)
+        new = {evidence.asked(p.config): find_run(p.config, scratch) for p in plans}
+    old = evidence.load().set_index(["asked", "target", "split"])["value"]
+    found = []
+    for planned in plans:
+        key, config = evidence.asked(planned.config), planned.config
+        apart = max(
+            abs(row["value"] - old[key, row["target"], row["split"]])
+            for row in new[key]["rows"]
+        )
+        what = f"{config['protocol']} on {config['dataset']}, seed {config['seed']}"
+        found.append(Audit(config["method"], what, float(apart)))
+    wrong = {one.method for one in found if one.apart > tolerance}
+    if give:
+        evidence.stamp({one.method for one in found} - wrong)
+    return sorted(found, key=lambda one: -one.apart)
+
+
+def table(found: list[Audit], tolerance=TOLERANCE) -> pd.DataFrame:
+    """An audit as rows: method, runs, how far apart at most, and whether it agrees."""
+    rows = pd.DataFrame([vars(one) for one in found])
+    out = rows.groupby("method")["apart"].agg(["size", "max"]).reset_index()
+    out.columns = ["method", "runs", "apart"]
+    return out.assign(agrees=out["apart"] <= tolerance)
