@@ -164,7 +164,9 @@ class Chapter:
         parts = []
         keys = pd.Series(list(zip(table["method"], table["options"], strict=True)))
         for name, part in plans.items():
-            wanted = {(p.config["method"], options_of(p.config)) for p in part}
+            wanted = {
+                (p.config["method"], options_of(p.config["overrides"])) for p in part
+            }
             rows = table[keys.isin(wanted).to_numpy()]
             parts.append(rows.assign(method=name, options=""))
         return pd.concat(parts)

@@ -199,10 +199,9 @@ def find_run(config: dict, root=None) -> dict | None:
         return None
 
 
-def options_of(config: dict) -> str:
+def options_of(overrides: dict) -> str:
     """What a table calls the overrides of a run: "epochs=10, lr=0.01"."""
-    overrides = sorted(config.get("overrides", {}).items())
-    return ", ".join(f"{key}={value}" for key, value in overrides)
+    return ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
 
 
 def run_rows(record: dict) -> pd.DataFrame:
@@ -229,7 +228,7 @@ def run_rows(record: dict) -> pd.DataFrame:
         )
     }
     shared |= {
-        "options": options_of(config),
+        "options": options_of(config.get("overrides", {})),
         "precision": config.get("clip", {}).get("precision", "fp32"),
         "parameters": record.get("parameters"),
         "memory": record.get("memory"),
