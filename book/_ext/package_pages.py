@@ -16,7 +16,7 @@ LINE = re.compile(r"^\[modules: ([\w.]+)(?: -([\w.]+))?\]$", re.MULTILINE)
 # Each layer imports only from those before it, and a reader meets them in that order.
 LAYERS = (
     "errors files frozen towers weights clip mini_clip prompts data recipe published"
-    " hyperparameters method plugin registry pretrain train probe identity results runs"
+    " hyperparameters method plugin registry probe pretrain train identity results runs"
     " protocols workers grids tuning export testing parameters plots widgets pages"
     " chapter reproduce cli"
 ).split()
