@@ -458,11 +458,12 @@ def load_clip(
 ) -> FrozenCLIP:
     """A frozen CLIP by name.
 
-    Of a tag's weights it is known which activation, mean, standard deviation and
-    resizing they want. Of a file's they are those of the tag that `like` names; else
-    the activation must be known from the model's name ("ViT-B-16-quickgelu"), from the
-    file (OpenAI's archives, a configuration in it or open_clip_config.json beside it)
-    or from `quickgelu`, and the rest is CLIP's own. No code in a file is run.
+    Of a tag's weights, and of the mini CLIPs', it is known which activation, mean,
+    standard deviation and resizing they want. Of a file's they are those of the tag
+    that `like` names; else the activation must be known from the model's name
+    ("ViT-B-16-quickgelu"), from the file (OpenAI's archives, a configuration in it or
+    open_clip_config.json beside it) or from `quickgelu`, and the rest is CLIP's own. No
+    code in a file is run.
 
     Args:
         name (str): "mini" or "mini-teacher", which come with the package, or a model of

@@ -17,8 +17,7 @@ from promptkit.files import write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES = ("mini", "mini-teacher")
-# Of the images that they were pre-trained on. load_clip() reads images by the mean and
-# std of OpenAI's CLIP instead, and all stored runs did.
+# Of the images that they were pre-trained on, and so of all that they read.
 IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 VOCABULARY = 49408
 
@@ -55,17 +54,21 @@ def export(model, rows: np.ndarray, record: dict, path) -> Path:
 
 
 def read_record(name: str) -> dict:
-    """How the weights were made: recipe, loss every 50 steps, seconds, device."""
+    """How the weights were made: recipe, loss every 50 steps, seconds, device; and what
+    they can do, see `pretrain.measure`.
+    """
     return json.loads((ASSETS / f"{name}.json").read_text())
 
 
 def build(name: str, path=None):
-    """The open_clip model `name` with its weights, in float32.
+    """The open_clip model `name` with its weights, in float32, which knows the mean and
+    std of the images that it reads.
 
     Raises:
         InputError: no mini CLIP of that name, or its file is missing or damaged.
     """
     from open_clip import CLIP
+    from open_clip.model import set_model_preprocess_cfg
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -91,4 +94,5 @@ def build(name: str, path=None):
         raise InputError(
             f"the weights {path} are damaged ({str(error).splitlines()[0]}): {remedy}"
         ) from error
+    set_model_preprocess_cfg(model, dict(mean=IMAGE_MEAN, std=IMAGE_STD))
     return model

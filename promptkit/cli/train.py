@@ -362,7 +362,7 @@ def pretrain(
 ):
     """Pre-train a mini CLIP on the mini world.
 
-    That takes about an hour on two cores, and minutes on a GPU.
+    That takes under two hours on two cores, and minutes on a GPU.
     """
     at_least(1, samples=samples, images=images)
     with console.err.status("loading ..."):
