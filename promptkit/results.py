@@ -476,28 +476,6 @@ def paper_numbers(variants=False, **filters) -> pd.DataFrame:
     return _filtered(rows, filters)
 
 
-def mini_runs(**filters) -> pd.DataFrame:
-    """The runs of the leaderboard, which come with the package: base-to-new on all
-    tasks of the mini world.
-
-    They were made by the commands on the leaderboard's page and are here for claims
-    that need more runs than a chapter has time for.
-
-    Args:
-        filters: column=value or column=[values] to keep.
-
-    Returns:
-        Tidy rows as those of any sweep, with the columns ``IDENTITY`` and ``value``.
-    """
-    path = resources.files("promptkit").joinpath("assets/mini_runs.csv")
-    with path.open(encoding="utf-8") as file:
-        rows = pd.read_csv(file, keep_default_na=False)
-    rows = rows.assign(
-        precision=rows.get("precision", "fp32"), data=rows.get("data", "")
-    )
-    return _filtered(rows[[*IDENTITY, "value"]], filters)
-
-
 def compare(
     runs: pd.DataFrame, papers: pd.DataFrame | None = None, level=0.95, how="left"
 ) -> pd.DataFrame:

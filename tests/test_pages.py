@@ -21,9 +21,7 @@ from promptkit.recipe import Setting
 from promptkit.registry import recipe
 from promptkit.results import (
     check_claim,
-    label,
     load_claims,
-    mini_runs,
     run_rows,
     save_claims,
 )
@@ -145,23 +143,6 @@ def test_equal_hosts_have_the_plugins_settings():
     )  # sixteen random vectors, as in the plug-in's code
 
 
-def test_runs_of_the_package():
-    """All that the leaderboard ranks, on all tasks and seeds; its page says the
-    same.
-    """
-    runs = mini_runs()
-    seeds = runs[runs["seed"] > 0].groupby(label(runs))["seed"].nunique()
-    assert (
-        set(runs["dataset"]) == set(data.MINI_TASKS) and seeds.min() == seeds.max() >= 3
-    )
-    assert set(mini_runs(method="coop", split="new")["split"]) == {"new"}
-    page = (ROOT / "book" / "leaderboard.md").read_text()
-    claims = pages.compared(runs)
-    assert len(claims) > 15 and all(
-        f"| {c.text} | {c.measured()} | **{c.verdict}** |" in page for c in claims
-    )
-
-
 def test_titles():
     assert title("dept(tpt(coop))") == "DePT + TPT + CoOp"
 
@@ -193,17 +174,9 @@ def test_chapter(tmp_path, monkeypatch):
         done.history.steps
         and len(done.method.classnames) == len(done.training.classnames) == 5
     )
-    chapter.verdicts(
-        check_claim("A beats B.", [1.0, 1.1]), *chapter.leaderboard("maple")
-    )
-    first, *others = load_claims(tmp_path)["99_test"]
-    assert (
-        first.text == "A beats B."
-        and others
-        and all("eleven tasks: MaPLe is" in claim.text for claim in others)
-    )
+    chapter.verdicts(check_claim("A beats B.", [1.0, 1.1]))
+    assert [c.text for c in load_claims(tmp_path)["99_test"]] == ["A beats B."]
     full = chapters.Chapter("99_test", "full")
-    assert full.leaderboard("maple") == []
     assert (full.model, full.pretrained) == (
         "ViT-B-16",
         "openai",
