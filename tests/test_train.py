@@ -83,19 +83,24 @@ def test_other_schedules():
 
 
 def test_profiles_change_every_recipe_by_one_rule():
-    paper = Recipe(epochs=200, lr=0.002)
+    paper = Recipe(epochs=200)
     assert for_profile(paper, "full") is paper
-    mini = for_profile(paper, "mini")
-    assert (mini.epochs, mini.augment, mini.lr) == (40, False, pytest.approx(0.024))
-    assert for_profile(Recipe(epochs=50), "mini").epochs == 10
-    assert for_profile(Recipe(epochs=10), "mini").epochs == 10
-    assert for_profile(Recipe(epochs=5), "mini").epochs == 5
-    batches = [
-        for_profile(Recipe(batch_size=n), "mini").batch_size for n in (1, 16, 128)
-    ]
-    assert batches == [8, 16, 32]
-    assert for_profile(paper, "smoke").epochs == 2
-    assert for_profile(Recipe(optimizer="adamw"), "mini").lr == 0.002
+    assert for_profile(paper, "mini") == replace(paper, augment=False)  # 1,000 steps
+
+    def epochs(epochs, batch_size):
+        recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=0.0035)
+        mini = for_profile(recipe, "mini")
+        assert mini == replace(recipe, epochs=mini.epochs, augment=False)
+        return mini.epochs
+
+    assert epochs(100, 128) == 500  # KgCoOp: one step an epoch
+    assert epochs(5, 4) == 25  # MaPLe: 200 steps become 1,000
+    assert epochs(20, 4) == 25  # PromptSRC: 800 steps do
+    assert epochs(10, 1) == 10  # CoCoOp has 1,600
+    smoke = for_profile(paper, "smoke")
+    assert (smoke.epochs, smoke.epoch_steps) == (2, 1)
+    staged = replace(paper, stages=(Recipe(epochs=5, batch_size=4),))
+    assert for_profile(staged, "mini").stages[0].epochs == 25
 
 
 @pytest.mark.parametrize(
