@@ -103,6 +103,16 @@ class Chapter:
         """The frozen backbone."""
         return load_clip(self.model, self.pretrained)
 
+    @property
+    def main(self) -> str:
+        """The set whose shifted versions there are, the source of transfers."""
+        return "imagenet" if self.profile == "full" else "mini"
+
+    @property
+    def others(self) -> list[str]:
+        """The chapter's tasks but for the main set: the targets of its transfers."""
+        return [task for task in self.tasks if task != self.main]
+
     def load(self, name: str):
         """A dataset by name, from the chapter's folder."""
         return (
@@ -177,11 +187,15 @@ class Chapter:
         """Train a method here and now, to look into it; nothing is stored."""
         return self._train(self._plan(method, task, protocol, seed, overrides))
 
-    def live(self, method: str, protocol="base-to-new", **overrides) -> "Trained":
-        """Train a method on the first task and seed before the reader's eyes, test it,
-        and say whether the row that ships with the package is the same.
+    def live(
+        self, method: str, protocol="base-to-new", task=None, **overrides
+    ) -> "Trained":
+        """Train a method on a task, by default the first, with the first seed before
+        the reader's eyes, test it, and say whether the row that ships with the package
+        is the same.
         """
-        planned = self._plan(method, self.tasks[0], protocol, None, overrides)
+        task = task or self.tasks[0]
+        planned = self._plan(method, task, protocol, None, overrides)
         done = self._train(planned, progress=True)
         every = 5 if self.profile == "smoke" else 1
         rows = measure(

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
@@ -685,6 +685,36 @@ def check_claim(
         criterion = f"at least {at_least:+g} points" if at_least else "more than 0"
     verdict = "holds" if holds else "does not hold" if fails else "undecided"
     return Claim(text, verdict, mean, low, high, len(values), criterion, level)
+
+
+def check_correlation(text: str, x, y, level=0.95) -> Claim:
+    """Decide the claim that two quantities go together, by the interval of their
+    Pearson correlation (Fisher's transformation).
+
+    Fewer than four pairs, or a quantity that does not vary, leave it undecided.
+
+    Args:
+        text: the claim, as a sentence.
+        x, y: n numbers each, whose pairs are independent of each other.
+
+    Raises:
+        InputError: x and y differ in length, or a number is not finite.
+    """
+    x, y = (np.asarray(list(values), float) for values in (x, y))
+    if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise InputError(
+            f"the claim {text!r} needs pairs of finite numbers, not {len(x)} and"
+            f" {len(y)} numbers {x.tolist()[:3]} and {y.tolist()[:3]}"
+        )
+    r, low, high = math.nan, math.nan, math.nan
+    if len(x) > 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
+        r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
+        half = float(ndtri((1 + level) / 2)) / math.sqrt(len(x) - 3)
+        centre = math.atanh(r) if abs(r) < 1 else math.copysign(math.inf, r)
+        low, high = math.tanh(centre - half), math.tanh(centre + half)
+    verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+    criterion = "a correlation above 0"
+    return Claim(text, verdict, r, low, high, len(x), criterion, level)
 
 
 def claims_table(claims: Iterable[Claim]) -> pd.DataFrame:

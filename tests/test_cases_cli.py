@@ -760,3 +760,13 @@ def test_evaluate_and_export(photos, world):  # noqa: F811
     assert ".onnx or .pt2" in said and not Path("a.bin").exists()
     _, said = promptkit("evaluate", "none.safetensors", "--data", "pets", code=2)
     assert "none.safetensors" in said
+
+
+@pytest.mark.parametrize("profile, main", [("mini", "mini"), ("full", "imagenet")])
+def test_the_source_of_transfers_and_its_targets(profile, main, tmp_path):
+    where = {"output": str(tmp_path)}
+    chapter = Chapter("03_coop", profile, **where)
+    assert chapter.main == main
+    assert chapter.others == chapter.tasks[1:] and len(chapter.others) == 10
+    some = Chapter("03_coop", profile, chapter.tasks[2:4], **where)
+    assert some.others == some.tasks

@@ -16,6 +16,7 @@ from promptkit.errors import InputError
 from promptkit.results import (
     Claim,
     check_claim,
+    check_correlation,
     claims_table,
     compare,
     config_hash,
@@ -548,6 +549,25 @@ def test_a_wider_level_decides_less():
 def test_claims_need_numbers(values):
     with pytest.raises(InputError, match="needs finite differences"):
         check_claim("A beats B", values)
+
+
+def test_correlation():
+    x = np.arange(11.0)
+    y = x + np.tile([0.0, 6.0], 6)[:11]
+    known = stats.pearsonr(x, y)
+    claim = check_correlation("They go together.", x, y)
+    assert claim.estimate == pytest.approx(known.statistic)
+    assert (claim.low, claim.high) == pytest.approx(tuple(known.confidence_interval()))
+    assert (claim.verdict, claim.n) == ("holds", 11)
+    assert check_correlation("x", x, -y).verdict == "does not hold"
+    assert check_correlation("x", x, x).low == check_correlation("x", x, x).high == 1
+    for few in ([1, 2, 3], [1, 1, 1, 1]):
+        claim = check_correlation("x", few, range(len(few)))
+        assert claim.verdict == "undecided" and math.isnan(claim.estimate)
+    with pytest.raises(InputError, match="pairs of finite numbers"):
+        check_correlation("x", [1, 2, 3, 4], [1, 2, 3])
+    with pytest.raises(InputError, match="pairs of finite numbers"):
+        check_correlation("x", [1, 2, 3, math.nan], [1, 2, 3, 4])
 
 
 def test_claims_table_and_text():
