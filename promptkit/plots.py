@@ -255,6 +255,59 @@ def difference_bars(
     return figure
 
 
+def average_bars(
+    runs: pd.DataFrame, reference=None, split="all", names=None, level=0.95
+):
+    """One number a method: its mean over the tasks, or over the targets of a transfer,
+    with its interval over seeds.
+
+    Args:
+        runs: tidy rows of one protocol.
+        reference: method, or "method | options", that a dotted line is drawn at.
+        split: of the protocol, such as "all" or "hm".
+        names: dict from method to what the axis calls it, in the order of the bars.
+    """
+    table = summarise(runs, level)
+    table = table.assign(label=label(table)).query("split == @split")
+    if not len(table):
+        raise InputError(f"no runs with a split {split!r} to draw")
+    several = "average" in set(table["target"])
+    table = table[
+        table["target"] == ("average" if several else table["target"].iloc[0])
+    ]
+    table = table.set_index("label")
+    order = [name for name in names or () if name in table.index]
+    table = table.loc[[*order, *(name for name in table.index if name not in order)]]
+    texts = [(names or {}).get(name, name) for name in table.index]
+    with style():
+        figure, axis = plt.subplots(
+            figsize=(6, 0.8 + 0.33 * len(table)), layout="constrained"
+        )
+        error = _errors(table)
+        axis.barh(
+            texts, table["mean"], xerr=error, capsize=3, color="lightgrey",
+            edgecolor="black",
+        )  # fmt: skip
+        for row, (value, half) in enumerate(zip(table["mean"], error[1], strict=True)):
+            axis.annotate(
+                f"{value:.1f}", (value + half, row), (5, 0),
+                textcoords="offset points", va="center", backgroundcolor="white",
+                fontsize=8,
+            )  # fmt: skip
+        if reference is not None:
+            axis.axvline(table["mean"][reference], color="black", linestyle=":")
+        n = table["datasets"].max()
+        axis.set_xlabel(
+            f"test accuracy (%), average of {n} datasets"
+            if several and n > 1
+            else "test accuracy (%)"
+        )
+        axis.set_xlim(0, 105)  # bars compare by their length, so they start at 0
+        axis.grid(axis="y", visible=False)
+        axis.invert_yaxis()
+    return figure
+
+
 def option_curves(
     runs: pd.DataFrame, option: str, default=None, xlabel=None, splits=None, level=0.95
 ):

@@ -11,6 +11,7 @@ from test_results import base_new, record, table
 
 from promptkit.errors import InputError
 from promptkit.plots import (
+    average_bars,
     base_new_bars,
     base_new_plane,
     difference_bars,
@@ -184,6 +185,28 @@ def test_difference_bars_are_sorted():
         == [0, 5]
     )
     assert [text.get_text() for text in right.get_yticklabels()] == ["pets", "cars"]
+
+
+def test_average_bars():
+    figure = average_bars(
+        few_shot_runs().query("shots in [0, 16]"), "clip", names={"coop": "CoOp"}
+    )
+    (axis,) = figure.axes
+    assert axis.get_xlabel() == "test accuracy (%), average of 2 datasets"
+    assert axis.get_xlim()[0] == 0
+    texts = [text.get_text() for text in axis.get_yticklabels()]
+    assert texts[0] == "CoOp" and set(texts) == {
+        "CoOp",
+        "kgcoop",
+        "linear-probe",
+        "clip",
+    }
+    assert {text.get_text() for text in axis.texts} == {"68.0", "55.0"}
+    assert [
+        line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"
+    ] == [55]
+    with pytest.raises(InputError, match="no runs with a split 'hm'"):
+        average_bars(few_shot_runs(), split="hm")
 
 
 def test_option_curves_read_the_overrides():
