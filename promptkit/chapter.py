@@ -170,16 +170,20 @@ class Chapter:
         return pd.concat(parts)
 
     def train(
-        self, method: str, task: str, protocol="base-to-new", seed=None, **overrides
-    ) -> "Trained":
+        self, method: str, task: str, protocol="base-to-new", seed=None, shots=None,
+        **overrides,
+    ) -> "Trained":  # fmt: skip
         """Train a method here and now, to look into it; nothing is stored."""
-        return self._train(self._plan(method, task, protocol, seed, overrides))
+        return self._train(self._plan(method, task, protocol, seed, overrides, shots))
 
-    def live(self, method: str, protocol="base-to-new", **overrides) -> "Trained":
-        """Train a method on the first task and seed before the reader's eyes, test it,
-        and say whether the row that ships with the package is the same.
+    def live(
+        self, method: str, protocol="base-to-new", task=None, **overrides
+    ) -> "Trained":
+        """Train a method on a task, by default the first, and the first seed before the
+        reader's eyes, test it, and say whether the row that ships with the package is
+        the same.
         """
-        planned = self._plan(method, self.tasks[0], protocol, None, overrides)
+        planned = self._plan(method, task or self.tasks[0], protocol, None, overrides)
         done = self._train(planned, progress=True)
         every = 5 if self.profile == "smoke" else 1
         rows = measure(
@@ -204,13 +208,13 @@ class Chapter:
             )
         return done
 
-    def _plan(self, method, task, protocol, seed, overrides):
+    def _plan(self, method, task, protocol, seed, overrides, shots=None):
         asked = Run(
             protocol,
             method,
             task,
             seed=self.seeds[0] if seed is None else seed,
-            shots=max(self.shots),
+            shots=shots or max(self.shots),
             clip=self.clip,
             profile=self.profile,
             root=self.root,
