@@ -912,19 +912,20 @@ def test_own_data_that_cannot_be_used(tmp_path):
 # --- through the protocols ------------------------------------------------------------
 
 
-def test_every_protocol_runs_on_real_folders(
-    real_root,  # noqa: F811
-    tiny_clip,
-    monkeypatch,
-):
-    options = dict(
-        shots=2,
+@pytest.fixture
+def quick(real_root, tiny_clip):  # noqa: F811
+    """Options of a short run on the real folders that keeps nothing."""
+    return dict(
         clip=tiny_clip,
         epochs=1,
         results=False,
         progress=False,
         root=str(real_root),
     )
+
+
+def test_every_protocol_runs_on_real_folders(quick, monkeypatch):
+    options = quick | dict(shots=2)
     context = dict(n_ctx=2, init="")
     (row,) = few_shot("coop", "eurosat", **context, **options).itertuples()
     assert (row.dataset, row.target, row.split) == ("eurosat", "eurosat", "all")
@@ -936,20 +937,12 @@ def test_every_protocol_runs_on_real_folders(
     assert list(rows["target"]) == ["imagenet", "dtd", "ucf101"]
     rows = domain_generalization("coop", "imagenet", **context, **options)
     assert list(rows["target"]) == ["imagenet", *SHIFTED]
-    monkeypatch.setenv("PROMPTKIT_DATA", str(real_root))
-    del options["root"]
+    monkeypatch.setenv("PROMPTKIT_DATA", options.pop("root"))
     assert few_shot("coop", "eurosat", **context, **options)["value"][0] == row.value
 
 
-def test_methods_that_read_images_read_files(real_root, tiny_clip):  # noqa: F811
-    options = dict(
-        shots=1,
-        clip=tiny_clip,
-        epochs=1,
-        results=False,
-        progress=False,
-        root=str(real_root),
-    )
+def test_methods_that_read_images_read_files(quick):
+    options = quick | dict(shots=1)
     for profile in ("mini", "full"):
         few_shot("maple", "dtd", profile=profile, depth=2, **options)
     few_shot("tpt", "dtd", views=3, **options)

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
+from test_cases_cli import short
 from test_cases_weights import configurations, models, state  # noqa: F401
 from test_cli import world  # noqa: F401
 from test_protocols import NAMES, tiny
@@ -1110,10 +1111,6 @@ OPTIONS = [
     (("data", "download", "imagenet"), "ImageNet"),
     (("data", "download", "dtd", "--source", "mirror"), "unknown source 'mirror'"),
 ]
-
-
-def short(value):
-    return " ".join(value)[:60] if isinstance(value, tuple) else ""
 
 
 @pytest.mark.parametrize(("words", "message"), OPTIONS, ids=short)

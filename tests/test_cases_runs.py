@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from test_cases_doors import RUN, ask, listing, refused, room  # noqa: F401
 from test_cli import world  # noqa: F401
 from test_protocols import NAMES, tiny, toy
-from test_workers import WORKING, is_alive, running  # noqa: F401
 
 from promptkit import clip as clip_module
 from promptkit import data, identity, registry, runs
@@ -163,19 +161,6 @@ def test_case_14_two_folders_of_one_name(room):  # noqa: F811
     transfer = ("--protocol", "cross-dataset", "--targets", "b/data")
     done = rows("run", "clip", "--data", "a/data", *transfer)
     assert "a_data" in done.stdout and "b_data" in done.stdout
-
-
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
-def test_case_16_workers_end_with_their_parent(running, number):  # noqa: F811
-    process, pids = running(WORKING)
-    assert len(pids) == 2 and all(map(is_alive, pids))
-    process.send_signal(getattr(signal, number))
-    process.wait(10)
-    for _ in range(100):
-        if not any(map(is_alive, pids)):
-            return
-        signal.sigtimedwait([], 0.1)
-    pytest.fail("workers outlive their parent by 10 s")
 
 
 def test_case_18_relative_paths_are_the_clients(room):  # noqa: F811

@@ -13,9 +13,16 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from real_data import real_root  # noqa: F401
+from test_setup import ADDRESS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SET_UP = f"""# On Colab: install the package if it is missing.
+try:
+    import promptkit
+except ImportError:
+    %pip install -q "promptkit[book] @ git+{ADDRESS}"
+    import promptkit"""
 chapters = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -57,14 +64,7 @@ def has_title(notebook, path):
 
 
 def sets_up_colab_first(notebook, path):
-    source = code_cells(notebook)[0].source
-    for words in (
-        "import promptkit",
-        "except ImportError",
-        "%pip install",
-        "github.com/promptkit/promptkit",
-    ):
-        assert words in source, f"the first code cell lacks {words!r}"
+    assert code_cells(notebook)[0].source == SET_UP
 
 
 def has_parameters(notebook, path):
@@ -85,12 +85,24 @@ def ends_with_the_full_run(notebook, path):
     )
 
 
+def calls_itself_by_its_name(notebook, path):
+    """In its settings, under which its claims are stored, and in its last commands."""
+    source = "\n".join(cell.source for cell in notebook.cells)
+    named = re.findall(
+        r'Chapter\("(\w+)"|\bname="(\d+_\w+)"|papermill notebooks/(\w+)\.ipynb', source
+    )
+    assert {"".join(names) for names in named} <= {path.stem}
+    number = path.stem.split("_")[0]
+    assert set(re.findall(r"reproduce .*--chapters (\d+)", source)) <= {number}
+
+
 CHECKS = [
     is_executed_once_from_top_to_bottom,
     has_no_error_output,
     shows_figures,
     has_title,
     sets_up_colab_first,
+    calls_itself_by_its_name,
     has_parameters,
     ends_with_the_full_run,
 ]

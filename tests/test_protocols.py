@@ -552,47 +552,28 @@ def test_killed_sweep_leaves_whole_files_and_goes_on(tmp_path):
     }  # the finished ones were not run again
 
 
+def planned(method="coop", **options):
+    return plan(Run("few-shot", method, toy(), clip=tiny(), **options))
+
+
 def test_describe_says_what_is_about_to_happen():
-    facts = plan(
-        Run(
-            "few-shot",
-            "coop",
-            toy(),
-            shots=4,
-            clip=tiny(),
-            overrides={"n_ctx": 2, "epochs": 3},
-        )
-    ).describe()
+    facts = planned(shots=4, overrides={"n_ctx": 2, "epochs": 3}).describe()
     assert facts["parameters"] == "64" and "24 images" in facts["shots"]
     assert facts["training"].startswith(
         "3 epochs, 3 steps of 24, sgd, learning rate 0.024"
     )
-    assert (
-        "training" not in plan(Run("few-shot", "clip", toy(), clip=tiny())).describe()
-    )
+    assert "training" not in planned("clip").describe()
 
 
 def test_estimate_measures_a_step_and_keeps_nothing():
-    planned = plan(
-        Run(
-            "few-shot",
-            "coop",
-            toy(),
-            shots=4,
-            clip=tiny(),
-            profile="full",
-            overrides={"n_ctx": 2},
-        )
-    )
-    facts = estimate(planned)
+    coop = planned(shots=4, profile="full", overrides={"n_ctx": 2})
+    facts = estimate(coop)
     assert re.fullmatch(
         r"about \d+ (seconds|minutes) of training, \d+\.\d GiB", facts["estimate"]
     )
-    before, after = (
-        planned.build(planned.training_set()).context.vectors for _ in range(2)
-    )
+    before, after = (coop.build(coop.training_set()).context.vectors for _ in range(2))
     assert torch.equal(before, after)
-    assert estimate(plan(Run("few-shot", "clip", toy(), clip=tiny()))) == {}
+    assert estimate(planned("clip")) == {}
 
 
 def test_execute_takes_a_run():

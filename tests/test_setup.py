@@ -12,6 +12,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Where the repository is: the one place that says it. What is read where pyproject.toml
+# is not, such as a chapter's first cell on Colab, repeats it and is compared with it.
+ADDRESS = PROJECT["urls"]["Repository"]
 FIXED = (
     "torch open_clip_torch jupyter-book nbmake matplotlib seaborn ipywidgets papermill"
 ).split()
@@ -93,6 +96,37 @@ def test_versions_agree():
     assert citation["license"] == PROJECT["license"] == "MIT"
 
 
+def tracked():
+    """The names of the files of this checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_the_address_is_everywhere_the_same():
+    """What has to name it names it, and nothing names another."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert citation["repository-code"] == config["repository"]["url"] == ADDRESS
+    name = re.escape(PROJECT["name"])
+    pattern = re.compile(rf"(?:https?://|git@)[\w.-]+[/:][\w.-]+/{name}(?![\w-])")
+    texts = {
+        path: (ROOT / path).read_text(encoding="utf-8")
+        for path in tracked()
+        if path.endswith((".ipynb", ".md", ".py", ".toml", ".cff", ".yml"))
+    }
+    others = {
+        (path, found)
+        for path, text in texts.items()
+        for found in pattern.findall(text)
+        if found != ADDRESS
+    }
+    assert not others, others
+
+
 def test_readme_example_runs(tmp_path, monkeypatch):
     """The first block of Python in README.md, as it stands there."""
     monkeypatch.chdir(tmp_path)
@@ -107,25 +141,15 @@ def test_no_file_speaks_of_a_path_of_one_machine():
     """A home folder or an absolute path in a committed file works for its author
     alone.
     """
-    names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
-    )
-    if names.returncode:
-        pytest.skip("not a git checkout")
     pattern = re.compile(
         r"(?<![\w.:/+])/(?:(?:home|Users|root|work)/\w|tmp/ipykernel_)"
     )
     this = Path(__file__).relative_to(ROOT).as_posix()
     vendored = "book/_static/"
     guilty = []
-    for name in names.stdout.splitlines():
+    for name in tracked():
         path = ROOT / name
-        if (
-            name == this
-            or name.startswith(vendored)
-            or not path.is_file()
-            or path.stat().st_size > 8_000_000
-        ):
+        if name == this or name.startswith(vendored) or path.stat().st_size > 8_000_000:
             continue
         text = path.read_bytes().decode("utf-8", errors="ignore")
         guilty += [f"{name}: {match[0]}" for match in pattern.finditer(text)]
