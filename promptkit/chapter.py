@@ -182,11 +182,12 @@ class Chapter:
     def live(
         self, method: str, protocol="base-to-new", task=None, **overrides
     ) -> "Trained":
-        """Train a method on a task, by default the first, and the first seed before the
-        reader's eyes, test it, and say whether the row that ships with the package is
-        the same.
+        """Train a method on a task, by default the first, with the first seed before
+        the reader's eyes, test it, and say whether the row that ships with the package
+        is the same.
         """
-        planned = self._plan(method, task or self.tasks[0], protocol, None, overrides)
+        task = task or self.tasks[0]
+        planned = self._plan(method, task, protocol, None, overrides)
         done = self._train(planned, progress=True)
         every = 5 if self.profile == "smoke" else 1
         rows = measure(
