@@ -123,6 +123,7 @@ class _Drawing:
         for x, y, label, look in self.texts:
             axis.text(x, y, label, **look)
         figure.alt = alt
+        plt.close(figure)  # a notebook's cell shows its value, not all open figures too
         return figure
 
     # --- primitives -------------------------------------------------------------------
