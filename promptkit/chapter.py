@@ -182,10 +182,11 @@ class Chapter:
         return pd.concat(parts)
 
     def train(
-        self, method: str, task: str, protocol="base-to-new", seed=None, **overrides
-    ) -> "Trained":
+        self, method: str, task: str, protocol="base-to-new", seed=None, shots=None,
+        **overrides,
+    ) -> "Trained":  # fmt: skip
         """Train a method here and now, to look into it; nothing is stored."""
-        return self._train(self._plan(method, task, protocol, seed, overrides))
+        return self._train(self._plan(method, task, protocol, seed, overrides, shots))
 
     def live(
         self, method: str, protocol="base-to-new", task=None, **overrides
@@ -220,13 +221,13 @@ class Chapter:
             )
         return done
 
-    def _plan(self, method, task, protocol, seed, overrides):
+    def _plan(self, method, task, protocol, seed, overrides, shots=None):
         asked = Run(
             protocol,
             method,
             task,
             seed=self.seeds[0] if seed is None else seed,
-            shots=max(self.shots),
+            shots=shots or max(self.shots),
             clip=self.clip,
             profile=self.profile,
             root=self.root,

@@ -36,7 +36,7 @@ LOOKS = {
 LEGEND = {FROZEN: "frozen", LEARNED: "learned", MADE: "made from what is learned"}
 
 
-class Described(Figure):
+class _Described(Figure):
     """A figure with alt text, which notebooks and the book give to its image."""
 
     alt = ""
@@ -114,7 +114,7 @@ class _Drawing:
 
     def figure(self, alt: str) -> Figure:
         size = (WIDTH / DPI, self.top / DPI)
-        figure = plt.figure(figsize=size, dpi=DPI, FigureClass=Described)
+        figure = plt.figure(figsize=size, dpi=DPI, FigureClass=_Described)
         axis = figure.add_axes((0, 0, 1, 1))
         axis.set(xlim=(0, WIDTH), ylim=(0, self.top))
         axis.set_axis_off()
@@ -123,6 +123,7 @@ class _Drawing:
         for x, y, label, look in self.texts:
             axis.text(x, y, label, **look)
         figure.alt = alt
+        plt.close(figure)  # a notebook's cell shows its value, not all open figures too
         return figure
 
     # --- primitives -------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A method is known once its class is registered: those of the package by their modules in
 ``promptkit.methods``, those of other packages by an entry point of the group
-``promptkit.methods``, those of a notebook by ``@register``.
+``promptkit.methods``, those of a notebook by ``@register``. Controls, of
+``promptkit.controls``, are built and run by name too, but not listed.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import promptkit.controls
 import promptkit.methods
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
@@ -30,8 +32,9 @@ ENTRY_POINTS = "promptkit.methods"
 
 @cache
 def _load() -> None:
-    for module in pkgutil.iter_modules(promptkit.methods.__path__):
-        import_module(f"promptkit.methods.{module.name}")
+    for package in (promptkit.methods, promptkit.controls):
+        for module in pkgutil.iter_modules(package.__path__):
+            import_module(f"{package.__name__}.{module.name}")
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()  # a module or a class; loading it registers what it holds
@@ -44,7 +47,16 @@ def _load() -> None:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every registered method by name."""
+    """Every registered method by name, controls aside."""
+    return {
+        name: cls
+        for name, cls in _known().items()
+        if not cls.__module__.startswith(promptkit.controls.__name__)
+    }
+
+
+def _known() -> dict[str, type[Method]]:
+    """Every method and control by name."""
     _load()
     return dict(sorted(REGISTRY.items()))
 
@@ -85,7 +97,7 @@ def parse(spec: str) -> tuple[str, str | None]:
             f"{spec!r} names no method; write a name such as 'coop', or 'plugin(host)'"
         )
     name, host = match.groups()
-    known = methods()
+    known = _known()
     if name not in known:
         raise unknown("method", name, known)
     if known[name].plugin and not host and not known[name].default_host:
@@ -104,7 +116,7 @@ def nesting(spec: str) -> list[type[Method]]:
     none is named), and so on.
     """
     name, host = parse(spec)
-    cls = methods()[name]
+    cls = _known()[name]
     if host is not None:
         return [cls, *nesting(host)]
     return [cls, cls.default_host[0]] if cls.default_host else [cls]
@@ -115,7 +127,7 @@ def supervision(spec: str) -> set[str]:
     that learns nothing.
     """
     name, host = parse(spec)
-    own = set(methods()[name].supervision.split("+")) - {"none"}
+    own = set(_known()[name].supervision.split("+")) - {"none"}
     return own | (supervision(host) if host else set())  # a default host does not learn
 
 
@@ -134,7 +146,7 @@ def _paper(spec, setting):
         inner = replace(setting, hparams=setting.hparams.get("host", {}), host=None)
         names = tuple(cls.name for cls in nesting(host))
         setting = replace(setting, host=Host(host, names, _paper(host, inner)))
-    return methods()[name].recipe(setting)
+    return _known()[name].recipe(setting)
 
 
 def build(
@@ -171,7 +183,7 @@ def _build(spec, clip, classnames, hparams):
     if host is not None:
         inner = hparams.get("host", {})
         hparams = hparams | {"host": _build(host, clip, classnames, inner)}
-    return methods()[name](clip, classnames, **hparams)
+    return _known()[name](clip, classnames, **hparams)
 
 
 def from_official(
@@ -192,7 +204,7 @@ def from_official(
     Raises:
         InputError: no part knows one of the names.
     """
-    parts = nesting(spec) if parse(spec)[1] else [methods()[parse(spec)[0]]]
+    parts = nesting(spec) if parse(spec)[1] else [_known()[parse(spec)[0]]]
     known = {name for cls in parts for name in cls.official_hyperparameters}
     for name in hyperparameters:
         if name not in known:

@@ -30,7 +30,7 @@ from promptkit.data import Dataset, Split, transform
 from promptkit.errors import InputError
 from promptkit.method import Batch
 from promptkit.recipe import Setting
-from promptkit.registry import build, load_method, methods, recipe
+from promptkit.registry import build, load_method, nesting, recipe
 from promptkit.train import accuracy, fit
 
 NAMES = ["red square", "green_circle", "blue star", "an old, grey teapot", "pug"]
@@ -259,7 +259,7 @@ def takes_a_batch_of_one(spec, clip, folder):
 
 
 def refuses_bad_hyperparameters(spec, clip, folder):
-    cls = methods()[spec.partition("(")[0]]
+    cls = nesting(spec)[0]
     known = cls.hyperparameters()
     for name in known:
         with pytest.raises(InputError, match=name):

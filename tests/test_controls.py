@@ -1,0 +1,70 @@
+"""Controls differ from their methods in the one thing that they say."""
+
+import pytest
+import torch
+
+from promptkit.recipe import PROTOCOLS, Setting
+from promptkit.registry import _known, build, methods, recipe, specs
+from promptkit.testing import PROMISES, toy_dataset
+from promptkit.train import reader
+
+CONTROLS = sorted(set(_known()) - set(methods()))
+NAMES = ["red square", "green_circle", "blue star"]
+
+
+def batch_of(method, dataset):
+    read = reader(
+        method, dataset.train, torch.Generator(), recipe(method.name, Setting())
+    )
+    return read(torch.arange(len(dataset.train)))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("name", CONTROLS)
+def test_promise(name, promise, tiny_clip, tmp_path):
+    promise(name, tiny_clip, tmp_path)
+
+
+def test_controls_are_known_and_not_listed():
+    assert {"distilled", "uncoupled"} <= set(CONTROLS)
+    assert not set(CONTROLS) & set(specs())
+    for name in CONTROLS:
+        for protocol in PROTOCOLS:
+            hparams = recipe(name, Setting(protocol, "eurosat", profile="full")).hparams
+            _known()[name].check(hparams)
+
+
+def test_distillation_adds_the_divergence_to_the_loss(tiny_clip):
+    data = toy_dataset(tiny_clip, NAMES)
+    grads = {}
+    for name, more in (("prograd", {"lam": 0.0}), ("distilled", {"alpha": 0.5})):
+        method = build(name, tiny_clip, NAMES, **more).train()
+        batch = batch_of(method, data)
+        method.backward(batch)
+        grads[name] = method.context.vectors.grad
+    _, (domain,), (general,) = build("prograd", tiny_clip, NAMES).gradients(batch)
+    torch.testing.assert_close(grads["prograd"], domain)
+    torch.testing.assert_close(grads["distilled"], domain + 0.5 * general)
+
+
+def test_without_sharing_the_gradients_of_the_towers_stay_apart(tiny_clip):
+    data = toy_dataset(tiny_clip, NAMES)
+    made = {
+        n: build(n, tiny_clip, NAMES, depth=2, seed=1) for n in ("maple", "uncoupled")
+    }
+    losses = {n: m.train().backward(batch_of(m, data)) for n, m in made.items()}
+    torch.testing.assert_close(losses["maple"], losses["uncoupled"])
+    shared, apart = made["maple"], made["uncoupled"]
+    for p, text, image in zip(
+        [shared.context.vectors, *shared.deep],
+        [apart.context.vectors, *apart.deep],
+        apart.own,
+        strict=True,
+    ):
+        assert image.grad.any() and text.grad.any()
+        torch.testing.assert_close(p.grad, text.grad + image.grad, rtol=1e-3, atol=1e-6)
