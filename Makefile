@@ -1,6 +1,7 @@
 PYTHON   ?= python3
 PROFILE  ?= mini
 CHAPTERS ?=
+FRESH    ?=
 JOBS     ?= 2
 PYTEST   ?=
 
@@ -18,13 +19,17 @@ help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make reproduce CHAPTERS="02 03"    only some chapters (default: all)'
+	@echo '  make reproduce FRESH=1             every run made anew and compared with those that ship'
 	@echo '  make reproduce PROFILE=full        real CLIP and real data, on a GPU (default: mini)'
 	@echo '  make test PYTEST="-k coop"         more arguments for pytest'
 
 install: $(STAMP)  ## install the pinned environment into .venv
 
-reproduce: $(STAMP)  ## run the chapters anew, in place, then render the book
-	$(BIN)/promptkit reproduce --profile $(PROFILE) --chapters "$(CHAPTERS)"
+# What ships with the package is of the profile mini, so that is what is audited.
+reproduce: $(STAMP)  ## run the chapters anew, in place, audit the evidence, render the book
+	$(BIN)/promptkit reproduce --profile $(PROFILE) --chapters "$(CHAPTERS)" --workers $(JOBS) \
+		$(if $(FRESH),--fresh)
+	$(if $(and $(filter mini,$(PROFILE)),$(wildcard promptkit/assets/evidence/*.csv)),$(BIN)/promptkit evidence audit --workers $(JOBS) --sample 10)
 	$(MAKE) book
 
 book: $(STAMP)  ## render the committed notebooks without running them

@@ -2,18 +2,21 @@
 
     python benchmarks/kill.py            # 20 kills, about 5 minutes on two cores
     python benchmarks/kill.py --kills 3
+    python benchmarks/kill.py --kills 10 --fill
 
-`promptkit run coop --workers 2` is killed at random moments, by SIGKILL, SIGTERM and
-SIGINT in turn. After each kill no process of it may live for longer than 10 seconds; a
-signal that can be answered must be answered within 5 seconds, by exit code 143 or 130
-and one sentence. In the end the sweep finishes: its numbers must be those of a sweep
-that nobody disturbed, bit for bit, and no temporary file may be left.
+`promptkit run coop --workers 2`, or with --fill `promptkit evidence fill --workers 2`
+for a chapter that asks for such runs, is killed at random moments, by SIGKILL, SIGTERM
+and SIGINT in turn. After each kill no process of it may live for longer than 10
+seconds; a signal that can be answered must be answered within 5 seconds, by exit code
+143 or 130 and one sentence. In the end the sweep finishes: its numbers must be those of
+a sweep that nobody disturbed, bit for bit, and no temporary file may be left.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,14 +24,38 @@ import tempfile
 import time
 from pathlib import Path
 
+import nbformat
+import pandas as pd
+
 MARK = "PROMPTKIT_KILL"  # in the environment of every process of a sweep
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LEAVE = 10  # seconds for every process to be gone
 ANSWER = 5  # seconds for a signal to be answered
 
 
-def command(results: Path, seeds: int) -> list[str]:
+CHAPTER = """
+chapter = Chapter("01_kill", datasets=["sat"], seeds="1-{seeds}", shots=1)
+chapter.sweep("few-shot", [("coop", {{"epochs": 1}})])
+"""
+
+
+def write_chapter(folder: Path, seeds: int):
+    """A chapter that asks for short trainings."""
+    folder.mkdir()
+    new = nbformat.v4
+    cells = [
+        new.new_code_cell("profile = 'mini'", metadata={"tags": ["parameters"]}),
+        new.new_code_cell("from promptkit.chapter import Chapter"),
+        new.new_code_cell(CHAPTER.format(seeds=seeds)),
+    ]
+    nbformat.write(new.new_notebook(cells=cells), folder / "01_kill.ipynb")
+
+
+def command(results: Path, seeds: int, chapters: Path | None) -> list[str]:
     """A sweep of short trainings."""
+    if chapters is not None:
+        words = ("evidence", "fill", "--notebooks", str(chapters), "--chapters", "01")
+        return [sys.executable, "-m", "promptkit", *words, "--workers", "2"]
     return [
         *(sys.executable, "-m", "promptkit", "run", "coop", "--data", "sat"),
         *("--shots", "1", "--epochs", "1", "--profile", "smoke", "--workers", "2"),
@@ -36,12 +63,14 @@ def command(results: Path, seeds: int) -> list[str]:
     ]
 
 
-def start(results: Path, mark: str, seeds: int, cache: Path) -> subprocess.Popen:
+def start(results: Path, mark: str, seeds: int, cache: Path, chapters=None):
     """Start a sweep whose processes bear a mark."""
     environment = os.environ | {MARK: mark, "PROMPTKIT_CACHE": str(cache)}
+    environment["PROMPTKIT_RESULTS"] = str(results)
+    environment["PROMPTKIT_EVIDENCE"] = str(results / "evidence")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, map(str, sys.path)))
     return subprocess.Popen(
-        command(results, seeds),
+        command(results, seeds, chapters),
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,7 +113,12 @@ def kill(process, mark, number) -> str:
 
 
 def numbers(results: Path) -> dict:
-    """Run -> its rows and losses."""
+    """Run -> its rows and losses; of evidence all but how long it took and how much
+    memory, which no two runs share.
+    """
+    if (table := results / "evidence" / "few-shot.csv").exists():
+        rows = pd.read_csv(table, dtype=str).drop(columns=["seconds", "memory"])
+        return dict(zip(rows["asked"], rows.values.tolist(), strict=True))
     records = [json.loads(path.read_text()) for path in results.glob("few-shot/*.json")]
     return {r["hash"]: (r["rows"], r["training"]["losses"]) for r in records}
 
@@ -104,6 +138,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=24)
+    parser.add_argument("--fill", action="store_true", help="of evidence")
     parser.add_argument("--random", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
     chance = random.Random(options.random)
@@ -113,9 +148,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder, cache = Path(folder), Path(folder) / "cache"
         began = time.monotonic()
-        start(folder / "first", "first", options.seeds, cache).communicate()  # caches
+        chapters = folder / "notebooks" if options.fill else None
+        if chapters:
+            write_chapter(chapters, options.seeds)
+        more = options.seeds, cache, chapters
+        start(folder / "first", "first", *more).communicate()  # caches
         since = time.monotonic()
-        whole = start(folder / "whole", "whole", options.seeds, cache)
+        whole = start(folder / "whole", "whole", *more)
         whole.communicate()
         undisturbed = time.monotonic() - since
         print(f"undisturbed: {undisturbed:.1f} s, exit code {whole.returncode}")
@@ -124,19 +163,18 @@ def main():
             mark, tried = f"kill{tried}", tried + 1
             number = SIGNALS[killed % len(SIGNALS)]
             wait = chance.uniform(0.4, 1.0) * undisturbed
-            process = start(disturbed, mark, options.seeds, cache)
+            process = start(disturbed, mark, *more)
             try:
                 process.wait(wait)
             except subprocess.TimeoutExpired:
                 problem, killed = kill(process, mark, number), killed + 1
-                stored = len(numbers(disturbed))
+                stored = len(list(disturbed.rglob("few-shot/*.json")))
                 print(f"{killed:3} {number.name} {wait:.1f} s: {stored} runs {problem}")
                 problems += [problem] if problem else []
             else:  # it was faster; once more, from the beginning
                 process.communicate()
-                for path in disturbed.glob("few-shot/*.json"):
-                    path.unlink()
-        last = start(disturbed, "last", options.seeds, cache)
+                shutil.rmtree(disturbed)
+        last = start(disturbed, "last", *more)
         said = last.communicate()[1]
         if last.returncode:
             problems.append(f"the last sweep failed: {said[-300:]}")
@@ -146,7 +184,7 @@ def main():
         if left:  # too young to be swept: another process might be writing them
             print(f"{len(left)} temporary files, to be swept after a minute")
             time.sleep(65)
-            start(disturbed, "swept", options.seeds, cache).communicate()
+            start(disturbed, "swept", *more).communicate()
             left = temporaries(disturbed, cache)
         problems += [f"left: {path}" for path in left]
         print(f"{len(numbers(disturbed))} runs, in {time.monotonic() - began:.0f} s")

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ import nbformat
 import pandas as pd
 
 from promptkit import evidence, pages
+from promptkit.data import MINI_TASKS, load_dataset
 from promptkit.errors import InputError, unknown
 from promptkit.files import cache_folder, write_atomically
 from promptkit.grids import RECORDER, execute_all
 from promptkit.reproduce import find_chapters, reproduce, select_chapters
-from promptkit.results import find_run, results_dir
+from promptkit.results import find_run, read_run, results_dir
 from promptkit.runs import Plan, Run, plan
 
 TOLERANCE = 2.0  # points that a run may be away, as another processor rounds otherwise
@@ -219,47 +219,82 @@ class Audit:
 
 def audit(
     sample=20, seed=0, methods=None, tolerance=TOLERANCE, workers=1, scheduler=None,
-    folder="notebooks", give=True, progress=True,
+    give=True, progress=True,
 ) -> list[Audit]:  # fmt: skip
-    """Repeat a random sample of the shipped runs, at least one of every method and
-    protocol, and compare. Where all runs of a method agree it gets its stamp.
+    """Repeat shipped runs and compare: one of every method and protocol, and a random
+    sample. Where all runs of a method agree it gets its stamp.
 
     Args:
-        sample: runs beside those.
+        sample: runs beside the one of every method and protocol.
+        seed: of the draw.
         methods: those to look at; default: all.
         tolerance: points that a number may be away.
         give: stamp what agrees.
 
     Returns: one an audited run, the furthest apart first.
+
+    Raises:
+        InputError: nothing ships; an unknown method; a run that can be asked for no
+            more, as another recipe, other weights or data are asked for now.
     """
-    asked = {}
-    for runs in requests(None, folder).values():
-        asked |= _distinct(runs)
-    shipped = evidence.load().drop_duplicates("asked")
-    asked = {key: asked[key] for key in shipped["asked"] if key in asked}
-    chosen = choose(asked, sample, seed, methods)
+    chosen = choose(evidence.load(), sample, seed, methods)
     return repeat(chosen, tolerance, workers, scheduler, give, progress)
 
 
-def choose(asked: dict[str, Plan], sample: int, seed=0, methods=None) -> list[Plan]:
-    """One run of every method and protocol, the cheapest datasets first, and a random
-    sample of the rest.
+def choose(rows: pd.DataFrame, sample: int, seed=0, methods=None) -> list[Plan]:
+    """One shipped run of every method and protocol, of the smallest dataset that it has
+    (the cheapest), and a random sample of the rest.
     """
+    runs = rows.drop_duplicates("asked")
     if methods is not None:
-        known = {planned.config["method"] for planned in asked.values()}
         for method in methods:
-            if method not in known:
-                raise unknown("method of the evidence", method, known)
-        asked = {k: p for k, p in asked.items() if p.config["method"] in methods}
-    draw = random.Random(seed)
-    keys = sorted(asked)
-    draw.shuffle(keys)
-    first = {}
-    for key in sorted(keys, key=lambda k: len(asked[k].source.classnames)):
-        config = asked[key].config
-        first.setdefault((config["method"], config["protocol"]), key)
-    rest = [key for key in keys if key not in set(first.values())]
-    return [asked[key] for key in [*first.values(), *rest[:sample]]]
+            if method not in set(runs["method"]):
+                raise unknown("method of the evidence", method, set(runs["method"]))
+        runs = runs[runs["method"].isin(methods)]
+    if not len(runs):
+        raise InputError("no runs ship with the package: there is nothing to audit")
+    size = runs["dataset"].map(lambda name: len(load_dataset(name).classnames))
+    runs = runs.assign(size=size).sample(frac=1, random_state=seed)
+    runs = runs.sort_values("size", kind="stable")
+    first = runs.drop_duplicates(["method", "protocol"])
+    rest = runs[~runs["asked"].isin(first["asked"])]
+    rest = rest.sample(min(sample, len(rest)), random_state=seed)
+    keys = pd.concat([first, rest])["asked"]
+    return [_again(rows[rows["asked"] == key]) for key in keys]
+
+
+def _again(rows) -> Plan:
+    """The plan of a shipped run, from its rows."""
+    row, names = rows.iloc[0], set(rows["target"])
+    overrides = json.loads(row["overrides"])
+    model, _, weights = row["model"].partition("/")
+    targets = ()
+    if row["protocol"] == "cross-dataset":
+        targets = tuple(n for n in MINI_TASKS if n in names - {row["dataset"]})
+    planned = plan(
+        Run(
+            row["protocol"],
+            row["method"],
+            row["dataset"],
+            targets,
+            int(row["shots"]) or 16,  # 0 and 0 are of methods that have neither
+            int(row["seed"]) or 1,
+            model,
+            weights or None,
+            precision=row["precision"],
+            profile=row["profile"],
+            max_steps=overrides.pop("max_steps", None),
+            overrides=overrides,
+        )
+    )
+    if evidence.asked(planned.config) != row["asked"]:
+        raise InputError(
+            f"the shipped runs of {row['method']} ({row['protocol']} on"
+            f" {row['dataset']}) can be asked for no more: its recipe, the weights or"
+            " the data are other ones now; make what is missing by 'promptkit evidence"
+            " fill --prune'"
+        )
+    return planned
 
 
 def repeat(
@@ -269,20 +304,29 @@ def repeat(
     """Make shipped runs again, compare them, and stamp the methods that agree."""
     with tempfile.TemporaryDirectory() as scratch:
         execute_all(plans, workers, scheduler, progress, scratch, shipped=False)
-        new = {evidence.asked(p.config): find_run(p.config, scratch) for p in plans}
-    old = evidence.load().set_index(["asked", "target", "split"])["value"]
-    found = []
-    for planned in plans:
-        key, config = evidence.asked(planned.config), planned.config
-        apart = max(
-            abs(row["value"] - old[key, row["target"], row["split"]])
-            for row in new[key]["rows"]
-        )
-        what = f"{config['protocol']} on {config['dataset']}, seed {config['seed']}"
-        found.append(Audit(config["method"], what, float(apart)))
+        found = compared(scratch)
     wrong = {one.method for one in found if one.apart > tolerance}
     if give:
         evidence.stamp({one.method for one in found} - wrong)
+    return found
+
+
+def compared(folder) -> list[Audit]:
+    """The runs of a results folder beside those that ship, the furthest apart first;
+    what does not ship is left out.
+    """
+    old = evidence.load().set_index(["asked", "target", "split"])["value"].to_dict()
+    found = []
+    for path in sorted(Path(folder).glob("*/*shot-seed*.json")):
+        record = read_run(path)
+        config, key = record["config"], evidence.asked(record["config"])
+        rows = {
+            (key, row["target"], row["split"]): row["value"] for row in record["rows"]
+        }
+        if rows.keys() <= old.keys():
+            apart = max(abs(value - old[spot]) for spot, value in rows.items())
+            what = f"{config['protocol']} on {config['dataset']}, seed {config['seed']}"
+            found.append(Audit(config["method"], what, float(apart)))
     return sorted(found, key=lambda one: -one.apart)
 
 

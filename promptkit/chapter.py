@@ -5,7 +5,7 @@ its verdicts.
 import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import matplotlib
@@ -17,6 +17,7 @@ from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.data.own import is_path
 from promptkit.errors import InputError, unknown
 from promptkit.grids import RECORDER, execute_all, grid, origin
+from promptkit.pages import compared
 from promptkit.parameters import names, whole_numbers
 from promptkit.recipe import PROFILES
 from promptkit.results import options_of
@@ -164,7 +165,9 @@ class Chapter:
         parts = []
         keys = pd.Series(list(zip(table["method"], table["options"], strict=True)))
         for name, part in plans.items():
-            wanted = {(p.config["method"], options_of(p.config)) for p in part}
+            wanted = {
+                (p.config["method"], options_of(p.config["overrides"])) for p in part
+            }
             rows = table[keys.isin(wanted).to_numpy()]
             parts.append(rows.assign(method=name, options=""))
         return pd.concat(parts)
@@ -227,6 +230,18 @@ class Chapter:
             max_steps=few,
         )  # fmt: skip
         return Trained(trained, dataset, planned.source, history)
+
+    def leaderboard(self, method: str) -> list[results.Claim]:
+        """What is said of a method, decided on all eleven tasks by the runs that come
+        with the package.
+
+        None in the full profile, see :func:`promptkit.pages.compared`.
+        """
+        claims = [] if self.profile == "full" else compared(results.mini_runs(), method)
+        return [
+            replace(claim, text=f"On the leaderboard's eleven tasks: {claim.text}")
+            for claim in claims
+        ]
 
     def verdicts(self, *claims: results.Claim) -> None:
         """Store the claims that were checked and show each with its verdict."""

@@ -20,14 +20,15 @@ import pandas as pd
 from promptkit import identity
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
-from promptkit.results import COLUMNS, config_hash, harmonic_mean, run_rows
+from promptkit.results import COLUMNS, config_hash, harmonic_mean, options_of, run_rows
 
 ASSETS = Path(__file__).parent / "assets" / "evidence"
-KEYS = ["method", "options", "dataset", "shots", "seed", "asked", "target", "split"]
+KEYS = ["method", "overrides", "dataset", "shots", "seed", "asked", "target", "split"]
 FIELDS = [
     *KEYS, "value", "profile", "model", "precision", "data", "parameters", "device",
     "seconds", "memory", "promptkit",
 ]  # fmt: skip
+MORE = ["asked", "overrides"]  # than a run's rows have
 KINDS = {"value": float, "seed": int, "shots": int, "asked": str, "data": str}
 BLANK = {"memory": [""], "parameters": [""]}
 LARGEST = 6_000_000  # bytes of all files
@@ -63,8 +64,8 @@ def specs(config: dict) -> list[str]:
 
 
 def load(**filters) -> pd.DataFrame:
-    """All rows that ship, stamped or not, with the columns ``results.COLUMNS`` and
-    ``asked``; harmonic means are added to base and new.
+    """All rows that ship, stamped or not, with the columns ``results.COLUMNS``,
+    ``asked`` and ``overrides`` (as JSON); harmonic means are added to base and new.
 
     Args:
         filters: column=value to keep.
@@ -130,7 +131,8 @@ def add(records: Iterable[dict], dropped: Iterable[str] = ()) -> int:
     records = list(records)
     tables, new = [], [asked(record["config"]) for record in records]
     for record, key in zip(records, new, strict=True):
-        rows = run_rows(record).assign(asked=key, memory=record.get("memory"))
+        given = json.dumps(record["config"]["overrides"], sort_keys=True)
+        rows = run_rows(record).assign(asked=key, overrides=given)
         tables.append(rows[rows["split"] != "hm"])
     kept = load()
     kept = kept[~kept["asked"].isin({*new, *dropped}) & (kept["split"] != "hm")]
@@ -181,7 +183,10 @@ def _load(where: str, times: tuple) -> pd.DataFrame:
             rows = pd.read_csv(
                 path, keep_default_na=False, na_values=BLANK, dtype=KINDS
             )
-            rows = rows[FIELDS].assign(protocol=path.stem)
+            options = {t: options_of(json.loads(t)) for t in set(rows["overrides"])}
+            rows = rows[FIELDS].assign(
+                protocol=path.stem, options=rows["overrides"].map(options)
+            )
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"damaged evidence {path} ({error}): install promptkit anew, or get the"
@@ -189,11 +194,11 @@ def _load(where: str, times: tuple) -> pd.DataFrame:
             ) from None
         tables.append(rows)
     if not tables:
-        return pd.DataFrame(columns=[*COLUMNS, "asked"])
+        return pd.DataFrame(columns=[*COLUMNS, *MORE])
     rows = pd.concat(tables, ignore_index=True)
     rows = pd.concat([rows, _harmonic(rows)], ignore_index=True)
     rows = rows.assign(metric="accuracy", created="", hash="")
-    return rows.reindex(columns=[*COLUMNS, "asked"])
+    return rows.reindex(columns=[*COLUMNS, *MORE])
 
 
 def _harmonic(rows):

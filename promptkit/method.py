@@ -26,6 +26,7 @@ from promptkit import hyperparameters
 from promptkit.clip import FrozenCLIP, check_classnames, zero_shot_features
 from promptkit.errors import InputError, unknown
 from promptkit.files import write_atomically
+from promptkit.picture import Picture
 from promptkit.prompts import Context
 from promptkit.recipe import Recipe, Setting
 from promptkit.towers import Edit, Prompt
@@ -138,6 +139,9 @@ class Method(nn.Module, metaclass=MethodType):
     year: ClassVar[int] = 0
     paper: ClassVar[str] = ""  # arXiv id, or a DOI or URL where there is none
     kind: ClassVar[str] = ""  # "prompt", "adapter", "test-time", ..., for tables
+    # What it does to the two towers, for promptkit.diagram; a plug-in says what it adds
+    # to its host's.
+    picture: ClassVar[Picture | None] = None
     # The run that its paper published, by protocol, see promptkit.published.
     published: ClassVar[dict[str, Any]] = {}
     # What it reads of a training image, of READS, joined by "+". "features": what the

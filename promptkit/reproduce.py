@@ -144,6 +144,7 @@ def reproduce(
     fan_out=False,
     progress=True,
     root=None,
+    fresh=None,
     **parameters,
 ) -> list[Report]:
     """Execute chapters and report on each; one that fails keeps its old notebook, and
@@ -165,6 +166,8 @@ def reproduce(
             all of them, which finds every run stored.
         progress: show a bar a chapter, and a line when one is done.
         root: folder of the real datasets, which chapters find in $PROMPTKIT_DATA.
+        fresh: a results folder in which all runs are made, in place of reading those
+            that are stored or ship; notebooks go to ``reproduced/fresh`` by default.
         parameters: other parameters (model, shots, ...); a chapter gets those that it
             declares.
 
@@ -190,8 +193,9 @@ def reproduce(
                 f"none of the chapters {', '.join(p.stem for p in paths)} takes a"
                 f" parameter {key!r}"
             )
-    in_place = output is None and profile == "mini"
-    target = Path(output or Path("reproduced") / profile)
+    in_place = output is None and profile == "mini" and fresh is None
+    default = profile if fresh is None else "fresh"
+    target = Path(output or Path("reproduced") / default)
     # The mini CLIP's products are too small to share: a second thread would only wait
     # for the first.
     cores = max(1, (os.cpu_count() or 1) // max(1, workers)) if profile == "full" else 1
@@ -199,6 +203,9 @@ def reproduce(
         "PROMPTKIT_RESULTS": str(results_dir().resolve()),
         "OMP_NUM_THREADS": str(cores),
     }
+    if fresh is not None:
+        environment["PROMPTKIT_RESULTS"] = str(Path(fresh).resolve())
+        environment["PROMPTKIT_EVIDENCE"] = "none"
     if root is not None:
         environment["PROMPTKIT_DATA"] = str(Path(root).resolve())
 

@@ -200,10 +200,9 @@ def find_run(config: dict, root=None) -> dict | None:
         return None
 
 
-def options_of(config: dict) -> str:
+def options_of(overrides: dict) -> str:
     """What a table calls the overrides of a run: "epochs=10, lr=0.01"."""
-    overrides = sorted(config.get("overrides", {}).items())
-    return ", ".join(f"{key}={value}" for key, value in overrides)
+    return ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
 
 
 def run_rows(record: dict) -> pd.DataFrame:
@@ -230,7 +229,7 @@ def run_rows(record: dict) -> pd.DataFrame:
         )
     }
     shared |= {
-        "options": options_of(config),
+        "options": options_of(config.get("overrides", {})),
         "precision": config.get("clip", {}).get("precision", "fp32"),
         "parameters": record.get("parameters"),
         "memory": record.get("memory"),
@@ -476,6 +475,28 @@ def paper_numbers(variants=False, **filters) -> pd.DataFrame:
     if not variants and "variant" not in filters:
         rows = rows[rows["variant"] == ""]
     return _filtered(rows, filters)
+
+
+def mini_runs(**filters) -> pd.DataFrame:
+    """The runs of the leaderboard, which come with the package: base-to-new on all
+    tasks of the mini world.
+
+    They were made by the commands on the leaderboard's page and are here for claims
+    that need more runs than a chapter has time for.
+
+    Args:
+        filters: column=value or column=[values] to keep.
+
+    Returns:
+        Tidy rows as those of any sweep, with the columns ``IDENTITY`` and ``value``.
+    """
+    path = resources.files("promptkit").joinpath("assets/mini_runs.csv")
+    with path.open(encoding="utf-8") as file:
+        rows = pd.read_csv(file, keep_default_na=False)
+    rows = rows.assign(
+        precision=rows.get("precision", "fp32"), data=rows.get("data", "")
+    )
+    return _filtered(rows[[*IDENTITY, "value"]], filters)
 
 
 def compare(

@@ -32,6 +32,7 @@ COMMANDS = [
     "reproduce",
     "leaderboard",
     "pages",
+    "evidence",
     "data",
     "pretrain",
 ]

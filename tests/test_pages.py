@@ -24,14 +24,16 @@ from promptkit.results import (
     label,
     load_claims,
     mini_runs,
+    run_rows,
     save_claims,
-    save_run,
 )
 
 ROOT = Path(__file__).parents[1]
 
 
-def store(folder, method, base, new, overrides=None):
+def rows(method, base, new, overrides=None):
+    """Runs on two tasks and three seeds, as the leaderboard reads them."""
+    tables = []
     for n, task in enumerate(("pets", "cars")):
         for seed in (1, 2, 3) if method != "clip" else (0,):
             record = base_new(
@@ -43,21 +45,26 @@ def store(folder, method, base, new, overrides=None):
                 shots=16 * (seed > 0),
             )
             record["config"] |= {"profile": "mini", "overrides": overrides or {}}
-            save_run(record, folder)
+            tables.append(run_rows({"hash": "", **record}))
+    return pd.concat(tables, ignore_index=True)
 
 
-def test_leaderboard(tmp_path):
-    store(tmp_path, "clip", 60, 65)
-    store(tmp_path, "coop", 80, 50)
-    store(tmp_path, "kgcoop", 75, 66)
-    store(tmp_path, "dept(coop)", 85, 55)
+def test_leaderboard(tmp_path, monkeypatch):
     host, overrides = equal_host("dept(coop)")
-    store(tmp_path, host, 82, 51, overrides)
-    page = pages.leaderboard(tmp_path / "book", tmp_path).read_text()
-    rows = re.findall(
+    runs = pd.concat(
+        [
+            rows("clip", 60, 65),
+            rows("coop", 80, 50),
+            rows("kgcoop", 75, 66),
+            rows("dept(coop)", 85, 55),
+            rows(host, 82, 51, overrides),
+        ]
+    )
+    page = pages.leaderboard(tmp_path / "book", runs).read_text()
+    found = re.findall(
         r"^\| ([^|]+?) \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\| ([\d.]+)", page, re.MULTILINE
     )
-    order = [name for name, *_ in rows]
+    order = [name for name, *_ in found]
     assert order[0] == "KgCoOp" and set(order) == {
         "Zero-shot CLIP",
         "CoOp",
@@ -65,7 +72,7 @@ def test_leaderboard(tmp_path):
         "KgCoOp",
         "DePT + CoOp",
     }
-    values = [float(row[3]) for row in rows]
+    values = [float(row[3]) for row in found]
     assert values == sorted(values, reverse=True)
     assert re.search(
         r"KgCoOp is above CoOp on new classes\. \| \+16\.0 .*\| \*\*holds\*\*", page
@@ -73,33 +80,35 @@ def test_leaderboard(tmp_path):
     assert re.search(
         r"DePT raises CoOp on new classes, at equal settings\. \| \+4\.0", page
     )
-    assert '--seeds 1,2,3 --methods "clip,coop,dept(coop),kgcoop"' in page
-    assert (
-        "promptkit run coop --protocol base-to-new --data all --seeds 1,2,3 --set"
-        ' "batch_size=8" --set' in page
-    )
-    assert (tmp_path / "book" / "_static" / "leaderboard.svg").stat().st_size > 5000
-    first = (tmp_path / "book" / "_static" / "leaderboard.svg").read_bytes()
-    pages.leaderboard(tmp_path / "book", tmp_path)
-    assert (
-        tmp_path / "book" / "_static" / "leaderboard.svg"
-    ).read_bytes() == first  # made anew, it is the same
-    pages.leaderboard(tmp_path / "book", tmp_path, table=tmp_path / "runs.csv")
-    kept = pd.read_csv(tmp_path / "runs.csv", keep_default_na=False)
-    assert [c.text for c in pages.compared(kept, "kgcoop")] == [
+    assert "promptkit evidence fill --chapters leaderboard" in page
+    image = tmp_path / "book" / "_static" / "leaderboard.svg"
+    first = image.read_bytes()
+    assert len(first) > 5000
+    pages.leaderboard(tmp_path / "book", runs)
+    assert image.read_bytes() == first  # made anew, it is the same
+    assert [c.text for c in pages.compared(runs, "kgcoop")] == [
         "KgCoOp is above CoOp on new classes.",
         "KgCoOp is above CoOp in harmonic mean.",
     ]
-    assert [c.estimate for c in pages.compared(kept, "dept")] == pytest.approx(
+    assert [c.estimate for c in pages.compared(runs, "dept")] == pytest.approx(
         [3.0, 4.0, 3.98], abs=0.01
     )
-    below = pages.compared(kept, "coop")[1]
+    below = pages.compared(runs, "coop")[1]
     assert (
         below.text == "CoOp is below Zero-shot CLIP on new classes."
         and below.estimate == pytest.approx(15 + 2)
     )
-    with pytest.raises(InputError, match="no base-to-new runs"):
-        pages.leaderboard(tmp_path / "book", tmp_path / "nothing")
+    monkeypatch.setattr(pages, "known", lambda plans: runs.iloc[:0])
+    monkeypatch.setattr(pages, "asked", list)
+    with pytest.raises(InputError, match="fill --chapters leaderboard"):
+        pages.leaderboard(tmp_path / "book")
+
+
+def test_what_the_leaderboard_asks_for():
+    plans = pages.asked(["sat"], [1, 2])
+    names = [(p.config["method"], p.config["seed"]) for p in plans]
+    assert ("clip", 0) in names and ("dept(kgcoop)", 2) in names
+    assert names.count(("coop", 1)) == 2  # its own recipe, and DePT's
 
 
 def test_claims(tmp_path):

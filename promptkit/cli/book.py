@@ -90,6 +90,11 @@ def reproduce(
     fan_out: flag(
         "First one execution a dataset and seed, to spread a long run.", "--fan-out"
     ) = False,
+    fresh: flag(
+        "Make every run of the chapters anew, in results/fresh, and compare with those"
+        " that ship with the package.",
+        "--fresh",
+    ) = False,
     workers: Workers = 1,
     scheduler: Scheduler = None,
     results: Results = None,
@@ -99,7 +104,7 @@ def reproduce(
 ):
     """Execute the chapters of the book, or run the whole benchmark.
 
-    Exit code 1 if one fails.
+    Exit code 1 if one fails, or if fresh runs differ from those that ship.
     """
     numbers = None if seeds is None else whole_numbers("--seeds", seeds)
     drawn = None if shots is None else whole_numbers("--shots", shots, 1)
@@ -107,11 +112,13 @@ def reproduce(
     at_least(1, 512, workers=workers)
     with console.err.status("loading ..."):
         from promptkit import reproduce as reproduction
+        from promptkit.results import results_dir
     profile = values.choose_profile(profile, data, model)
     whole = benchmark or (profile == "full" and chapters is None)
     idle = {"--methods": methods, "--protocols": protocols}
     if whole:
         idle = {"--chapters": chapters, "--output": output, "--fan-out": fan_out}
+        idle["--fresh"] = fresh
     for name, value in idle.items():
         if value:
             what = "the whole benchmark" if whole else "the chapters; add --benchmark"
@@ -129,6 +136,12 @@ def reproduce(
     if whole:
         grid = methods, protocols, data, drawn or [16], numbers or [1, 2, 3]
         return _benchmark(profile, *grid, workers, scheduler, **options)
+    if fresh and profile != "mini":
+        raise InputError(
+            "--fresh compares with what ships, which is of the profile mini, not"
+            f" {profile}"
+        )
+    apart = results_dir() / "fresh" if fresh else None
     names = data if data in (None, "all") else values.datasets(data, profile)
     reports = reproduction.reproduce(
         chapters,
@@ -140,6 +153,7 @@ def reproduce(
         scheduler,
         folder,
         fan_out,
+        fresh=apart,
         shots=drawn,
         **options,
     )
@@ -148,8 +162,27 @@ def reproduce(
         result = f"failed: {report.error}" if report.error else "done"
         table.add_row(report.name, f"{report.seconds:.0f}", Text(result))
     console.out.print(table)
-    if any(report.error for report in reports):
+    failed = any(report.error for report in reports)
+    if fresh:
+        failed |= _differ(apart)
+    if failed:
         raise typer.Exit(1)
+
+
+def _differ(folder) -> bool:
+    """Whether the runs of a folder differ from those that ship; says how far."""
+    from promptkit.audit import TOLERANCE, compared
+
+    found = compared(folder)
+    wrong = [one for one in found if one.apart > TOLERANCE]
+    for one in wrong:
+        say(f"{one.method}, {one.what}: {one.apart:.2f} points from the shipped run")
+    furthest = max((one.apart for one in found), default=0.0)
+    say(
+        f"{len(found)} fresh runs have a shipped one; {len(found) - len(wrong)} agree"
+        f" within {TOLERANCE:g} points, the furthest is {furthest:.2f} away"
+    )
+    return bool(wrong)
 
 
 def _benchmark(
@@ -176,7 +209,7 @@ def _benchmark(
     sweep_results(results_dir())
     failed = None
     try:
-        rows = execute_all(plans, workers, scheduler)
+        rows = execute_all(plans, workers, scheduler, shipped=False)
     except SweepError as error:
         failed, rows = error, load_results()
     _boards(summarise(rows), 0.95)

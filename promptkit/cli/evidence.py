@@ -118,7 +118,6 @@ def audit(
     ) = 2.0,
     workers: Workers = 1,
     scheduler: Scheduler = None,
-    folder: Folder = Path("notebooks"),
 ):
     """Repeat some of the shipped runs and compare; exit code 1 if any differs.
 
@@ -129,9 +128,7 @@ def audit(
 
     at_least(1, 512, workers=workers)
     chosen = None if methods is None else names("--methods", methods)
-    found = auditing.audit(sample, seed, chosen, tolerance, workers, scheduler, folder)
-    if not found:
-        raise InputError("nothing ships that the book asks for: there is no audit")
+    found = auditing.audit(sample, seed, chosen, tolerance, workers, scheduler)
     heads = ["method", "runs", "points apart", "verdict"]
     table = console.table(
         heads, title=f"Audit; up to {tolerance:g} points are rounding"

@@ -219,7 +219,14 @@ def run(
             sweep_temporaries(save.parent)
             rows = execute(plans[0], results, force, save=save)
         else:
-            rows = execute_all(plans, workers, scheduler, results=results, force=force)
+            rows = execute_all(
+                plans,
+                workers,
+                scheduler,
+                results=results,
+                force=force,
+                shipped=False,
+            )
     except SweepError as error:
         say(f"Error: {error}")
         raise typer.Exit(1) from None

@@ -9,6 +9,7 @@ ICML 2021; arXiv 2103.00020. The templates are those of the prompt-learning benc
 from promptkit.clip import zero_shot_features
 from promptkit.errors import expect
 from promptkit.method import Method, register
+from promptkit.picture import Picture
 from promptkit.published import Published
 from promptkit.recipe import PROTOCOLS, Recipe
 
@@ -43,6 +44,7 @@ class CLIP(Method):
     kind = "zero-shot"
     supervision = "none"
     seeded = False
+    picture = Picture(targets=())
     from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "template": "template",

@@ -8,11 +8,14 @@ weights, context and Meta-Net in half precision; the classes of all images go th
 the text tower together, where the published code takes one image at a time.
 """
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import nn
 
 from promptkit.method import Method, register
-from promptkit.methods.coop import check_words, words_first
+from promptkit.methods.coop import CoOp, check_words, words_first
+from promptkit.picture import Bridge, learned
 from promptkit.prompts import Context
 from promptkit.published import Published
 from promptkit.recipe import PROTOCOLS, Recipe
@@ -63,6 +66,12 @@ class CoCoOp(Method):
     paper = "2203.05557"
     kind = "conditional prompt"
     conditional = True
+    picture = replace(
+        CoOp.picture,
+        text=("SOS", learned("$v_1+π(x)$ … $v_M+π(x)$"), "[class]", ".", "EOT"),
+        bridges=(Bridge(learned("Meta-Net $π$"), "image feature", "text tokens"),),
+        prompts="prompts for each class and image",
+    )
     official_hyperparameters = {
         "N_CTX": "n_ctx",
         "CTX_INIT": "init",

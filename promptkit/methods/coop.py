@@ -11,6 +11,7 @@ from typing import Literal
 
 from promptkit.errors import expect
 from promptkit.method import Method, register
+from promptkit.picture import Picture, learned
 from promptkit.prompts import Context
 from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
@@ -48,6 +49,7 @@ class CoOp(Method):
     year = 2021
     paper = "2109.01134"
     kind = "prompt"
+    picture = Picture(text=("SOS", learned("$v_1$ … $v_M$"), "[class]", ".", "EOT"))
     default_n_ctx = 16  # where neither n_ctx nor words say how many
     official_hyperparameters = {
         "N_CTX": "n_ctx",

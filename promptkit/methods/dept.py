@@ -23,6 +23,7 @@ from torch import nn
 
 from promptkit.errors import InputError, expect
 from promptkit.method import Method, register
+from promptkit.picture import Head, Picture, learned
 from promptkit.plugin import Plugin
 from promptkit.published import Published
 
@@ -85,6 +86,10 @@ class DePT(Plugin):
     year = 2023
     paper = "2309.07439"
     kind = "plug-in"
+    picture = Picture(
+        heads=(Head(learned("second head on scaled channels")),),
+        fusion="both on base classes, the cosine alone on new ones",
+    )
     hosts = ("coop", "cocoop", "kgcoop", "maple", "promptsrc")
     official_hyperparameters = {
         "LAMBDA": "lam",

@@ -16,6 +16,7 @@ from torch import nn
 from promptkit.errors import expect
 from promptkit.method import Method, register
 from promptkit.methods.maple import overwritten
+from promptkit.picture import Picture, learned
 from promptkit.prompts import deep_prompts, overwriting_context
 from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
@@ -53,6 +54,13 @@ class IVLP(Method):
     paper = "2307.06948"
     kind = "multi-modal prompt"
     reads = "images"
+    picture = Picture(
+        text=("SOS", learned("$p_0$"), "[class]", ".", "EOT"),
+        image=("CLS", "patches of the image", learned("$q_0$")),
+        blocks=("1", "2 … J", "J+1 … L"),
+        text_blocks={1: learned("$p_i$")},
+        image_blocks={1: learned("$q_i$")},
+    )
     official_hyperparameters = {
         "n_ctx_text": "n_ctx",
         "n_ctx_vision": "n_ctx_vision",

@@ -9,6 +9,7 @@ distance, which for unit vectors is twice the code's 1 - cos; the published weig
 belongs to the code's form, used here.
 """
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from promptkit.clip import zero_shot_features
 from promptkit.errors import expect
 from promptkit.method import register
 from promptkit.methods.coop import CoOp
+from promptkit.picture import Target
 from promptkit.published import Published, dataset_of, transfer
 from promptkit.recipe import Recipe
 
@@ -67,6 +69,9 @@ class KgCoOp(CoOp):
     title = "KgCoOp"
     year = 2023
     paper = "2303.13283"
+    picture = replace(
+        CoOp.picture, text_reference=Target("frozen CLIP,\n“a photo of a”", "1 − cos")
+    )
     from_dataset = {"template": template_of}
     default_n_ctx = 4
     official_hyperparameters = {

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from promptkit.method import Method, register
+from promptkit.picture import Bridge, Picture, learned, made
 from promptkit.prompts import deep_prompts, overwriting_context
 from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
@@ -53,6 +54,17 @@ class MaPLe(Method):
     paper = "2210.03117"
     kind = "multi-modal prompt"
     reads = "images"
+    picture = Picture(
+        text=("SOS", learned("$p_0$"), "of a", "[class]", ".", "EOT"),
+        image=("CLS", "patches of the image", made(r"$\tilde{p}_0$")),
+        blocks=("1", "2 … J", "J+1 … L"),
+        text_blocks={1: learned("$p_i$")},
+        image_blocks={1: made(r"$\tilde{p}_i$")},
+        bridges=(
+            Bridge(learned("$A_0$"), "text tokens", "image tokens"),
+            Bridge(learned("$A_i$"), "text 1", "image 1"),
+        ),
+    )
     official_hyperparameters = {
         "n_ctx": "n_ctx",
         "ctx_init": "init",

@@ -19,6 +19,7 @@ from promptkit.clip import zero_shot_features
 from promptkit.errors import expect
 from promptkit.method import register
 from promptkit.methods.coop import CoOp
+from promptkit.picture import Target
 from promptkit.prompts import Context
 from promptkit.published import Published, dataset_of
 
@@ -83,6 +84,12 @@ class ProGrad(CoOp):
     title = "ProGrad"
     year = 2022
     paper = "2205.14865"
+    picture = replace(
+        CoOp.picture,
+        targets=(*CoOp.picture.targets, Target("zero-shot CLIP", "divergence")),
+        note="a step loses the part of its gradient that raises the divergence, which"
+        " itself is not minimised",
+    )
     official_hyperparameters = {
         "LAMBDA": "lam",
         "T": "temperature",

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from promptkit.errors import expect
 from promptkit.method import register
 from promptkit.methods.ivlp import IVLP
+from promptkit.picture import Target
 from promptkit.published import Published, transfer
 
 # OpenAI's templates for ImageNet, those that the published code uses and in its order.
@@ -70,6 +71,13 @@ class PromptSRC(IVLP):
 
     name = "promptsrc"
     title = "PromptSRC"
+    picture = replace(
+        IVLP.picture,
+        text_reference=Target("frozen CLIP,\nmany templates", "L1"),
+        image_reference=Target("frozen CLIP,\nno prompts", "L1"),
+        targets=(*IVLP.picture.targets, Target("zero-shot CLIP", "divergence")),
+        note="in the end all prompts are their weighted average over the epochs",
+    )
     reads = "images+features"
     reads_at_test = "images"
     from_dataset = {"templates": templates_of}

@@ -27,6 +27,7 @@ from promptkit.errors import InputError, expect, unknown
 from promptkit.method import Method, register
 from promptkit.methods.cocoop import CoCoOp
 from promptkit.methods.coop import CoOp
+from promptkit.picture import Bridge, Picture, Target
 from promptkit.plugin import Plugin
 from promptkit.published import Published
 from promptkit.recipe import Recipe
@@ -82,6 +83,13 @@ class TPT(Plugin):
     year = 2022
     paper = "2209.07511"
     kind = "test-time"
+    picture = Picture(
+        bridges=(Bridge("one step\nper image", "score", "text tokens"),),
+        targets=(Target("mean over the confident views", "entropy"),),
+        note="the next test image starts afresh",
+        images="64 views of one test image",
+        several=("image",),
+    )
     reads_at_test = "views"
     replaces = (
         "score", "adapt", "text_features", "text_edit", "image_features",

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from promptkit.errors import InputError, expect
 from promptkit.method import Method, register
+from promptkit.picture import Picture
 from promptkit.published import Published
 from promptkit.recipe import PROTOCOLS, Recipe
 
@@ -105,6 +106,13 @@ class WaffleCLIP(Method):
     year = 2023
     paper = "2306.07282"
     kind = "training-free"
+    picture = Picture(
+        text=("SOS", "A photo of a", "[class]", ", which has mlkd.", "EOT"),
+        text_feature="mean class feature $w_c$",
+        targets=(),
+        prompts="30 sentences for each class; their ends are random",
+        several=("text",),
+    )
     supervision = "none"
     from_dataset = {
         "descriptors": lambda dataset: dict(dataset.descriptions) if dataset else {},
