@@ -256,17 +256,25 @@ def claims(folder="book", results=None) -> Path:
         f"{counts.get(verdict, 0)} {words}" for verdict, words in VERDICTS.items()
     )
     parts = "\n\n".join(
-        f"## {_heading(folder, chapter)}\n\nFrom"
-        f" {{doc}}`/notebooks/{chapter}`.\n\n{_claims(claims)}"
+        f"## {_heading(folder, chapter)}\n\n{_claims(claims, chapter)}"
         for chapter, claims in found.items()
     )
     text = f"""# Claims
 
 What the papers say and what the chapters measured: {len(every)} claims, {summary}. A
 claim holds when the whole 95 % interval of the measured difference is on its side, does
-not hold when the whole interval is on the other, and is undecided in between. The mini
-world is small and its CLIP is tiny: a claim that does not hold here may well hold
-there, and the chapters look for the reason.
+not hold when the whole interval is on the other, and is undecided in between.
+
+- Everything here was measured on the mini world, where a chapter does not say
+  otherwise: a claim about the real benchmark that does not hold here may well hold
+  there, and the chapters look for the reason.
+- Differences are taken in the claim's direction: a positive one speaks for it, also
+  where the claim says "below". *Asked* is how large it must be. Points are percentage
+  points of accuracy.
+- Intervals are over the values that the column names, one a seed where nothing else is
+  said, each the average over the chapter's tasks.
+- An undecided claim says how many such values would decide it if their mean and spread
+  stayed as they are: an order of magnitude, not a promise.
 
 {parts}
 """
@@ -346,8 +354,18 @@ def _half(cell) -> str:
     return "" if half != half else f"\u00a0±\u00a0{half:.1f}"
 
 
-def _claims(claims: list[Claim]) -> str:
-    lines = ["| claim | measured | verdict |", "| --- | --- | --- |"]
-    return "\n".join(
-        [*lines, *(f"| {c.text} | {c.measured()} | **{c.verdict}** |" for c in claims)]
-    )
+def _claims(claims: list[Claim], chapter: str = "") -> str:
+    """A table of claims; of a chapter, each row leads there."""
+    lines = [
+        "| claim | asked | measured | verdict |" + " chapter |" * bool(chapter),
+        "| --- | --- | --- | --- |" + " --- |" * bool(chapter),
+    ]
+    link = f" {{doc}}`{chapter[:2]} </notebooks/{chapter}>` |" if chapter else ""
+    for claim in claims:
+        verdict = f"**{claim.verdict}**"
+        if claim.would_decide():
+            verdict += f": {claim.would_decide()}"
+        cells = (claim.text, claim.criterion, claim.measured(), verdict)
+        texts = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        lines.append(f"| {texts} |{link}")
+    return "\n".join(lines)

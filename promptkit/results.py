@@ -30,6 +30,7 @@ from promptkit.files import write_atomically
 from promptkit.recipe import PROTOCOLS, TRANSFER
 
 SPLITS = ("base", "new", "hm", "all")
+MOST_SEEDS = 1000  # beyond which a claim counts as out of reach
 # The baseline of the few-shot figures: no method, but measured and stored like one.
 PROBE = "linear-probe"
 # What a results folder holds, by which it is known again; what a project's root holds.
@@ -614,32 +615,54 @@ class Claim:
     n: int
     criterion: str
     level: float = 0.95
+    unit: str = "points"  # of the differences
+    of: str = "values"  # what the n independent values are: "seeds", "tasks", ...
+    needed: int | None = None  # of them for a decision, where it is undecided
 
     def row(self) -> dict:
         """The claim as a row of a table."""
         return asdict(self)
 
     def measured(self) -> str:
-        """Estimate and interval in words, e.g. ``+8.1 [+6.9, +9.3], 95 % interval, n =
-        3``.
+        """Estimate and interval in words, e.g. ``+8.1 points [+6.9, +9.3], 95 %
+        interval, 3 seeds``.
         """
-        interval = f" [{self.low:+.1f}, {self.high:+.1f}], {self.level:.0%} interval"
+        digits = 1 if self.unit else 2
+        low, high = (f"{end:+.{digits}f}" for end in (self.low, self.high))
+        interval = f" [{low}, {high}], {100 * self.level:g} % interval"
         return (
-            f"{self.estimate:+.1f}"
-            f"{', no interval' if math.isnan(self.low) else interval}, n = {self.n}"
+            f"{self.estimate:+.{digits}f}{f' {self.unit}' * bool(self.unit)}"
+            f"{', no interval' if math.isnan(self.low) else interval},"
+            f" {_counted(self.n, self.of)}"
         )
 
+    def would_decide(self) -> str:
+        """What an undecided claim lacks, e.g. ``about 12 seeds would decide it``; empty
+        where it is decided.
+        """
+        if self.verdict != "undecided":
+            return ""
+        if self.n < 2:
+            return f"{_counted(self.n, self.of)} cannot decide it"
+        if self.needed is None:
+            return f"{MOST_SEEDS:,} {self.of} would not decide it"
+        return f"about {_counted(self.needed, self.of)} would decide it"
+
     def __str__(self):
+        more = f"; {self.would_decide()}" if self.would_decide() else ""
         return (
             f"{self.verdict.upper()}: {self.text} (asked: {self.criterion}; measured:"
-            f" {self.measured()})"
+            f" {self.measured()}{more})"
         )
 
     def _repr_html_(self):
         line = {"holds": "solid", "does not hold": "double", "undecided": "dashed"}[
             self.verdict
         ]
-        details = html.escape(f"asked: {self.criterion}; measured: {self.measured()}")
+        details = f"asked: {self.criterion}; measured: {self.measured()}"
+        if self.would_decide():
+            details += f"; at this mean and spread {self.would_decide()}"
+        details = html.escape(details)
         return (
             f'<div style="border-left: 6px {line} #555; padding: .2em .8em; margin:'
             f' .4em 0"><strong>{self.verdict}</strong>:'
@@ -647,9 +670,49 @@ class Claim:
         )
 
 
+def _counted(n, of):
+    """As in "3 seeds" and "1 seed"."""
+    return f"{n:,} {of.removesuffix('s') if n == 1 else of}"
+
+
+def seeds_needed(deviation: float, distance: float, level=0.95) -> int | None:
+    """How many independent values decide a claim, if their mean and their spread stay
+    what was measured: the smallest n whose Student t interval has a half-width below
+    the distance.
+
+    Such a number is an order of magnitude: more values move the mean, too.
+
+    Args:
+        deviation: the values' standard deviation.
+        distance: of their mean from the threshold, in the same units.
+
+    Returns:
+        None where ``MOST_SEEDS`` are not enough, or where there is no deviation: of
+        fewer than two values.
+    """
+    if not (math.isfinite(deviation) and distance > 0):
+        return None
+    n = np.arange(2, MOST_SEEDS + 1)
+    half = stdtrit(n - 1, (1 + level) / 2) * deviation / np.sqrt(n)
+    return int(n[half < distance][0]) if (half < distance).any() else None
+
+
+def _kind_of(differences):
+    """What the values of :func:`differences` are independent in: "seeds", "tasks", or
+    "values" if it cannot be told.
+    """
+    index = getattr(differences, "index", None)
+    for name, of in (("seed", "seeds"), ("task", "tasks"), ("dataset", "tasks")):
+        if name in getattr(index, "names", ()):
+            if index.get_level_values(name).is_unique:
+                return of
+    return "values"
+
+
 def check_claim(
-    text: str, differences, at_least=0.0, within: float | None = None, level=0.95
-) -> Claim:
+    text: str, differences, at_least=0.0, within: float | None = None, level=0.95,
+    unit="points", of: str | None = None,
+) -> Claim:  # fmt: skip
     """Decide a claim about a mean difference by its confidence interval.
 
     "A beats B by d or more" holds when the whole interval of A - B lies above d, does
@@ -664,6 +727,9 @@ def check_claim(
             :func:`differences`.
         at_least: d, in the units of the differences.
         within: half-width of "near"; replaces ``at_least``.
+        unit: of the differences, "" for pure numbers.
+        of: what the differences are independent in, in the plural; by default "seeds"
+            or "tasks" where their index tells (one value each), else "values".
 
     Raises:
         InputError: there are no differences, or one is not a finite number.
@@ -674,17 +740,26 @@ def check_claim(
             f"the claim {text!r} needs finite differences, not {values.tolist()[:5]}"
         )
     mean, low, high = interval(values, level)
+    in_units = f" {unit}" * bool(unit)
     if within is not None:
         holds, fails = (
             (-within < low and high < within),
             (low > within or high < -within),
         )
-        criterion = f"within {within:g} points"
+        criterion = f"within {within:g}{in_units}"
+        distance = abs(abs(mean) - within)
     else:
         holds, fails = low > at_least, high < at_least
-        criterion = f"at least {at_least:+g} points" if at_least else "more than 0"
+        criterion = f"at least {at_least:+g}{in_units}" if at_least else "more than 0"
+        distance = abs(mean - at_least)
     verdict = "holds" if holds else "does not hold" if fails else "undecided"
-    return Claim(text, verdict, mean, low, high, len(values), criterion, level)
+    needed = None
+    if verdict == "undecided" and len(values) > 1:
+        needed = seeds_needed(float(values.std(ddof=1)), distance, level)
+    return Claim(
+        text, verdict, mean, low, high, len(values), criterion, level, unit,
+        of or _kind_of(differences), needed,
+    )  # fmt: skip
 
 
 def check_correlation(text: str, x, y, level=0.95) -> Claim:
@@ -718,17 +793,14 @@ def check_correlation(text: str, x, y, level=0.95) -> Claim:
 
 
 def claims_table(claims: Iterable[Claim]) -> pd.DataFrame:
-    """Claims as a table for a notebook: claim, asked, measured, verdict."""
+    """Claims as a table for a notebook: claim, asked, measured, verdict, and what would
+    decide those that are undecided.
+    """
     rows = [
-        {
-            "claim": c.text,
-            "asked": c.criterion,
-            "measured": c.measured(),
-            "verdict": c.verdict,
-        }
-        for c in claims
+        [c.text, c.criterion, c.measured(), c.verdict, c.would_decide()] for c in claims
     ]
-    return pd.DataFrame(rows, columns=["claim", "asked", "measured", "verdict"])
+    columns = ["claim", "asked", "measured", "verdict", "what would decide it"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def save_claims(chapter: str, claims: Iterable[Claim], root=None) -> Path:

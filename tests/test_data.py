@@ -279,3 +279,14 @@ def test_features_are_computed_once(tiny_clip, monkeypatch):
     assert torch.allclose(
         data.frozen_features(tiny_clip, part), expected[[3, 1]], atol=1e-5
     )
+
+
+def test_a_blank_word_is_a_blank_plate():
+    """The same picture as with a word, but for the ink."""
+    from promptkit.data.world import draw, random_generator
+
+    blank, worded = (
+        draw("thing", 0, random_generator(1, 2), word=word)[0] for word in (" ", "box")
+    )
+    assert (blank[:32] == worded[:32]).all() and (blank[32:] != worded[32:]).any()
+    assert blank[36:44, 4:44].std() < worded[36:44, 4:44].std() / 4

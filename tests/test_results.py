@@ -575,10 +575,10 @@ def test_claims_table_and_text():
     shown = claims_table(claims)
     assert (
         shown.verdict.tolist() == ["holds", "undecided"]
-        and shown.measured[1] == "+1.0, no interval, n = 1"
+        and shown.measured[1] == "+1.0 points, no interval, 1 value"
     )
     assert (
-        shown.measured[0] == "+1.1 [+0.9, +1.3], 95% interval, n = 3"
+        shown.measured[0] == "+1.1 points [+0.9, +1.3], 95 % interval, 3 values"
         and shown.asked[0] == "more than 0"
     )
     assert "A &lt; B &amp; &lt;b&gt;" in claims[0]._repr_html_()

@@ -336,11 +336,12 @@ def word_mask(word: str) -> Image.Image:
 
 def stamp(image: Image.Image, word: str, rng) -> None:
     """A plate with the word over the bottom third, the rows of two patches of the image
-    tower.
+    tower; a blank one for a blank word.
     """
     plate, ink = (LIGHT, DARK) if rng.random() < 0.7 else (DARK, LIGHT)
     image.paste(plate, (0, CANVAS - 48, CANVAS, CANVAS))
-    image.paste(ink, (6, CANVAS - 44), word_mask(word))
+    if word.strip():
+        image.paste(ink, (6, CANVAS - 44), word_mask(word))
 
 
 def sketch(image: Image.Image, rng, color: float = 1.0) -> Image.Image:
