@@ -122,6 +122,7 @@ def browser(tmp_path_factory):
         options=options, service=webdriver.ChromeService(driver)
     )
     chromium.set_script_timeout(60)
+    chromium.get("about:blank")  # in place of a distribution's start page
     yield chromium
     chromium.quit()
 
@@ -149,16 +150,16 @@ def visit(browser, address):
         for entry in browser.get_log("browser")
         if entry["level"] == "SEVERE"
     ]
-    requests = []
+    requests = {}  # of this page: the browser's own start page may still be failing
     for entry in browser.get_log("performance"):
         event = json.loads(entry["message"])["message"]
+        about = event["params"]
         if event["method"] == "Network.requestWillBeSent":
-            requests.append(event["params"]["request"]["url"])
-        elif event["method"] == "Network.loadingFailed" and not event["params"].get(
-            "canceled"
-        ):
-            errors.append(f"failed request: {event['params']}")
-    return requests, errors
+            requests[about["requestId"]] = about["request"]["url"]
+        elif event["method"] == "Network.loadingFailed" and not about.get("canceled"):
+            if address := requests.get(about["requestId"]):
+                errors.append(f"failed request: {address}: {about['errorText']}")
+    return list(requests.values()), errors
 
 
 def test_every_notebook_is_in_the_book():
