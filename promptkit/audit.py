@@ -5,10 +5,8 @@ What a chapter asks for is found by executing it with a recorder in place of the
 so there is no second list of its experiments.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from promptkit.data import MINI_TASKS, load_dataset
 from promptkit.errors import InputError, unknown
 from promptkit.files import cache_folder, write_atomically
 from promptkit.grids import RECORDER, execute_all
-from promptkit.reproduce import find_chapters, reproduce, select_chapters
+from promptkit.reproduce import environment, find_chapters, reproduce, select_chapters
 from promptkit.results import find_run, read_run, results_dir
 from promptkit.runs import Plan, Run, plan
 
@@ -42,7 +40,7 @@ class Status:
     minutes: float  # of one core, for what is missing and loose
 
 
-def requests(chapters=None, folder="notebooks", workers=1, progress=True):
+def requests(chapters=None, folder="notebooks") -> dict[str, list[Run]]:
     """What the book asks for: {chapter or page: [Run, ...]}, mini profile.
 
     A chapter is executed for it, on made-up numbers and once for its text and this
@@ -55,63 +53,58 @@ def requests(chapters=None, folder="notebooks", workers=1, progress=True):
     Raises:
         InputError: a chapter failed; the text has its error.
     """
-    words = chapters.replace(",", " ").split() if isinstance(chapters, str) else []
-    found = {}
+    words = [] if chapters in (None, "all") else chapters.replace(",", " ").split()
+    found, others = {}, [word for word in words if word != LEADERBOARD]
     if not words or LEADERBOARD in words:
         found[LEADERBOARD] = [planned.run for planned in pages.asked()]
-    words = [word for word in words if word != LEADERBOARD]
-    if not words and chapters and chapters != "all":
+    if words and not others:
         return found
-    paths = select_chapters(words or None, find_chapters(folder))
-    kept = {path: cache_folder("asked") / f"{_key(path)}.jsonl" for path in paths}
-    new = [path for path in paths if not kept[path].exists()]
-    if new:
-        _record(new, kept, folder, workers, progress)
+    paths = select_chapters(others, find_chapters(folder))
+    package = _package()
+    kept = {
+        path: cache_folder("asked") / f"{_key(path, package)}.jsonl" for path in paths
+    }
+    for path in paths:
+        if not kept[path].exists():
+            _record(path, kept[path], folder)
     for path in paths:
         lines = kept[path].read_text(encoding="utf-8").splitlines()
         found[path.stem] = [_run(json.loads(line)) for line in dict.fromkeys(lines)]
     return found
 
 
-def _key(path):
+def _package() -> str:
+    """Names the package's code."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _key(path, package):
     """Names a chapter's code and the package's."""
     notebook = nbformat.read(path, as_version=4)
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    package = Path(__file__).parent
-    sources += [file.read_text("utf-8") for file in sorted(package.rglob("*.py"))]
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([*sources, package]).encode()).hexdigest()[:16]
 
 
 def _run(fields):
     return Run(**fields | {"targets": tuple(fields["targets"])})
 
 
-def _record(paths, kept, folder, workers, progress):
+def _record(path, kept, folder):
     with tempfile.TemporaryDirectory() as scratch:
-        for path in paths:
-            note = Path(scratch) / f"{path.stem}.jsonl"
-            note.touch()
-            settings = {RECORDER: str(note), "PROMPTKIT_RESULTS": f"{scratch}/results"}
-            with _environment(settings):
-                (report,) = reproduce(
-                    [path.stem], output=scratch, folder=folder, progress=False
-                )
-            if report.error:
-                raise InputError(f"what {path.stem} asks for is not known: it fails at"
-                                 f" {report.error}")  # fmt: skip
-            text = note.read_bytes()
-            write_atomically(kept[path], lambda file, text=text: file.write(text))
-
-
-@contextlib.contextmanager
-def _environment(settings):
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        note = Path(scratch) / "asked.jsonl"
+        note.touch()
+        settings = {RECORDER: str(note), "PROMPTKIT_RESULTS": f"{scratch}/results"}
+        with environment(settings):
+            (report,) = reproduce(
+                [path.stem], output=scratch, folder=folder, progress=False
+            )
+        if report.error:
+            raise InputError(
+                f"what {path.stem} asks for is not known: it fails at {report.error}"
+            )
+        text = note.read_bytes()
+        write_atomically(kept, lambda file: file.write(text))
 
 
 def status(chapters=None, folder="notebooks") -> list[Status]:

@@ -22,6 +22,7 @@ from promptkit.results import (
     differences,
     label,
     load_claims,
+    options_of,
     paper_numbers,
     results_dir,
     summarise,
@@ -137,9 +138,7 @@ def _pairs(runs):
     plain = sorted(name for name in known if " | " not in name)
     for plugin in (name for name in plain if name.endswith(")")):
         host, overrides = equal_host(plugin)
-        options = ", ".join(
-            f"{key}={value}" for key, value in sorted(overrides.items())
-        )
+        options = options_of(overrides)
         host = f"{host} | {options}" if options else host
         if host in known:
             yield host, plugin

@@ -3,6 +3,7 @@ on a Dask cluster.
 """
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -333,6 +334,18 @@ def _spelled(key, value, names):
     return {}
 
 
+@contextlib.contextmanager
+def environment(settings: dict[str, str]):
+    """Variables of the environment for a while; afterwards all are as they were."""
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def execute_chapter(job: Job, progress_bar=False) -> Report:
     """Execute one chapter with this very interpreter and write it whole, or not at all.
 
@@ -343,10 +356,9 @@ def execute_chapter(job: Job, progress_bar=False) -> Report:
 
     started = time.perf_counter()
     error = ""
-    before = dict(os.environ)
     try:
-        with tempfile.TemporaryDirectory() as kernels:
-            os.environ.update(job.environment, JUPYTER_PATH=_own_kernel(kernels))
+        with tempfile.TemporaryDirectory() as kernels, environment(job.environment):
+            os.environ["JUPYTER_PATH"] = _own_kernel(kernels)
             notebook = papermill.execute_notebook(
                 str(job.chapter),
                 None,
@@ -363,9 +375,6 @@ def execute_chapter(job: Job, progress_bar=False) -> Report:
         error = f"cell {cell}: {failure.ename}: {failure.evalue}"
     except Exception as failure:  # a dead kernel, a full disk: like a failing cell
         error = f"{type(failure).__name__}: {failure}"
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
     return Report(job.name, time.perf_counter() - started, job.output, error)
 
 
