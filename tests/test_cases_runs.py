@@ -183,7 +183,7 @@ def test_case_20_edited_prompts_make_another_run(room, monkeypatch):  # noqa: F8
     edited = real(__import__("promptkit.prompts").prompts) + "\nEDITED = True\n"
 
     def module(name):
-        return identity._tree(edited) if name.endswith(".prompts") else source(name)
+        return identity._hash(edited) if name.endswith(".prompts") else source(name)
 
     monkeypatch.setattr(identity, "_module", module)
     rows("run", "clip", "--data", "pets")
