@@ -4,13 +4,16 @@
 Fixtures of kind "common" go through :func:`check_common`, the same for all methods:
 what is special about a method (how its hyperparameters and parameters are called in its
 own repository) is asked of the method. Fixtures of kind "own" go to the function of
-their method and part in ``own.py``.
+their method and part in ``own.py`` or ``own_METHOD.py``, which the folder is searched
+for.
 """
 
 import inspect
 import json
 import re
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,10 @@ from promptkit.registry import from_official, methods
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # logits are scaled by 100
 RELATIVE = {"rtol": 1e-3, "atol": 1e-6}
+for found in sorted(Path(__file__).parent.glob("own_*.py")):
+    module = import_module(found.stem)
+    OWN.update(getattr(module, "OWN", {}))
+    ALSO.update(getattr(module, "ALSO", {}))
 
 
 def test_fixture(parity_path, request):
@@ -53,7 +60,7 @@ def test_fixture(parity_path, request):
             (fixture["method"], None)
         )
         assert check, (
-            f"own.py has no check for part {fixture.get('part')!r} of"
+            f"no own*.py has a check for part {fixture.get('part')!r} of"
             f" {fixture['method']}"
         )
         check(clip, fixture, arrays)
