@@ -53,7 +53,8 @@ def test_fixture(parity_path, request):
     clip = request.getfixturevalue("parity_clip")
     if fixture["kind"] == "common":
         objects = {"host": fixture["host"]} if "host" in fixture else {}
-        if "teacher_parameters" in fixture:
+        taught = any(name.startswith("teacher_") for name in arrays)
+        if "teacher_parameters" in fixture or taught:
             objects["teacher"] = request.getfixturevalue("parity_teacher")
         check_common(known[fixture["method"]], clip, fixture, arrays, objects)
     else:
