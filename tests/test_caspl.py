@@ -149,6 +149,18 @@ def test_the_first_stage_is_a_divergence_from_the_teacher(tiny_clip, teacher, da
     torch.testing.assert_close(over.loss(Batch(images=images)), expected)
 
 
+def test_words_of_which_fewer_learn_stay_in_the_first_stage(tiny_clip):
+    method = caspl(tiny_clip, n_text=2, init="a photo of a", depth=1)
+    oracle = tiny_clip.encode_text(
+        [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
+    )
+    torch.testing.assert_close(method.text_features(), oracle, rtol=1e-4, atol=1e-5)
+    beside = caspl(tiny_clip, "coop", n_text=2, init="a photo of a", depth=1)
+    prompt = beside.text_prompt().full()[0, 0]
+    words = tiny_clip.embed(tiny_clip.encode("a photo red square."))
+    torch.testing.assert_close(prompt[3 : 3 + len(words)], words)
+
+
 # --- two stages -----------------------------------------------------------------------
 
 

@@ -230,6 +230,22 @@ def test_contexts_of_classes_follow_in_two_stages(tiny_clip, tmp_path):
         fit(both, replace(dataset, classnames=both.classnames), QUICK, progress=False)
 
 
+def test_names_are_encoded_once_where_images_are_not_augmented(tiny_clip, monkeypatch):
+    method, passes = logoprompt(tiny_clip), []
+    image = type(tiny_clip).image
+    monkeypatch.setattr(
+        type(tiny_clip),
+        "image",
+        lambda *a, **k: passes.append(len(a[1])) or image(*a, **k),
+    )
+    fit(method, toy_dataset(tiny_clip), replace(QUICK, epochs=8), progress=False)
+    images = 20  # of 5 classes, all of which are tried
+    assert sum(passes) == images * 8 + images * 5
+    passes.clear()
+    fit(method, toy_dataset(tiny_clip), replace(QUICK, augment=True), progress=False)
+    assert sum(passes) == 2 * images * (1 + 5)  # drawn anew at every step
+
+
 def test_one_context_has_one_stage(tiny_clip):
     method = logoprompt(tiny_clip)
     assert fit(method, toy_dataset(tiny_clip), TWICE, progress=False).steps == 4

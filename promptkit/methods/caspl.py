@@ -13,9 +13,9 @@ Deviations: everything is float32 by default, where the paper's runs keep CLIP's
 and the contexts in half precision. Where the two sets of prompts have different depths,
 each is replaced in its own blocks and passes through the others, as in the published
 code for MaPLe; its code for PromptSRC leaves out boosting prompts there, or draws some
-at random. Initial words, of at most 4 tokens, start the boosting prompts, and none of
-them stays in the prompt beside these. Prompts in the image tower have no positions, so
-their order is nothing to it: here the boosting prompts come last.
+at random. As in that code, initial words of which fewer tokens learn stay behind these
+in the first stage, and not beside a host's. Prompts in the image tower have no
+positions, so their order is nothing to it: here the boosting prompts come last.
 """
 
 import json
@@ -86,7 +86,9 @@ class Boosting(nn.Module):
         super().__init__()
         self.text = prompts(depth, n_text, clip.width)
         self.vision = prompts(depth, n_vision, clip.vision_width)
-        self.start = clip.embed(clip.encode(words)[:n_text]) if words else None
+        ids = clip.encode(words)
+        self.start = clip.embed(ids[:n_text]) if words else None
+        self.behind = torch.tensor(ids[n_text:], dtype=torch.long)  # words that stay
         self.draw(None)
 
     @torch.no_grad()
@@ -188,6 +190,8 @@ class CasPL(Plugin):
         "n_boost_text": "n_text",
         "n_boost_vision": "n_vision",
         "depth": "depth",
+        "depth_boost": "depth",
+        "depth_adapt": None,
         "ctx_init": "init",
         "temperature": "temperature",
         "kd_weight": "weight",
@@ -275,9 +279,9 @@ class CasPL(Plugin):
     def _prompt(self, names):
         """Of the boosting prompts alone, for other names too."""
         if self._alone is None or self._alone.classnames != names:
-            self._alone = Template(
-                self.clip, names, [len(self.boosting.text[0]), "{}."]
-            )
+            stay = [self.boosting.behind] if len(self.boosting.behind) else []
+            pattern = [len(self.boosting.text[0]), *stay, "{}."]
+            self._alone = Template(self.clip, names, pattern)
         return self._alone(self.boosting.text[0])
 
     def text_edit(self):
@@ -508,8 +512,9 @@ def _adapting(host, given) -> dict:
     for name, official in lengths.items():
         n = given.get(official, given.get("n_adapt"))
         ours |= {name: n} if name in known and n is not None else {}
-    if "depth" in given:
-        ours |= {n: given["depth"] for n in ("depth", "depth_vision") if n in known}
+    depth = given.get("depth_adapt", given.get("depth"))
+    if depth is not None:
+        ours |= {n: depth for n in ("depth", "depth_vision") if n in known}
     words, n = given.get("ctx_init"), ours.get("n_ctx")
     if "depth" in known:  # deep prompts take words only where they are short
         return ours | (

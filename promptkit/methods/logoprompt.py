@@ -8,7 +8,8 @@ DERIVED FROM THE PAPER: no code is public. Loss and inference are the paper's eq
 what it does not say is ours: names are written in DejaVu Sans, which matplotlib brings,
 as large as fits a band across the image; the colours of both text and band are drawn
 for each step, and follow from the name at test; the place at test follows from the
-image; the loss is a mean over the batch; the network behind class-specific contexts has
+image, both also in training without augmentation, so that features can be kept; the
+loss is a mean over the batch; the network behind class-specific contexts has
 32 hidden units, a zero last layer and a shared context added to it, and the second
 stage has a tenth of the first one's rate. The tunable pixels of the paper's few-shot
 setting, and its cache of training features, are left out.
@@ -149,7 +150,8 @@ class LoGoPrompt(Method):
             expect(fits, name, pixels, f"from 1 to the {side} pixels of an image")
         self.k, self.place, self.bounded = k, place, bounded
         self.size = height or max(round(side / 7), 1), width or side
-        self.keep = True  # features at test, in the cache folder
+        self.keep = True  # features of names that follow from the image
+        self.drawn = True  # names in training stand at random, in random colours
         self.context = Context(
             clip,
             self.classnames,
@@ -315,6 +317,7 @@ class LoGoPrompt(Method):
             return torch.cat([y[:, None], self.hard(plain, y)], dim=1)
 
         generator = batch.generator or torch.default_generator
+        generator = generator if self.drawn else None
         plain, own, classes = self.confident(batch, image, text, pick, generator, score)
         plain = plain.gather(1, classes)  # (B, 1 + K)
         right = torch.minimum(plain[:, 0], own[:, 0])
@@ -347,7 +350,7 @@ class LoGoPrompt(Method):
 
     def prepare(self, dataset, recipe, generator, stage):
         """The second stage starts from what the first one's network makes."""
-        self.stage = stage
+        self.stage, self.drawn = stage, recipe.augment
         if self.class_specific:
             self.tuned.fill_(False)
             if stage == 1:
