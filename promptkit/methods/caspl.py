@@ -181,9 +181,9 @@ class CasPL(Plugin):
     replaces = ("loss",)
     picture = Picture(
         text=("SOS", learned("host's $a$"), learned("$b$"), "[class]", ".", "EOT"),
-        image=("CLS", "patches of the image", learned(r"$\tilde{b}$")),
+        image=("CLS", "patches of the image", learned(r"any of host, $\tilde{b}$")),
         targets=(Target("larger CLIP, no labels", "divergence"),),
-        note="boosting prompts b are learned first, without labels, then frozen",
+        note="b is learned first, then frozen",
     )
     from_dataset = {"template": template_of}
     official_hyperparameters = {

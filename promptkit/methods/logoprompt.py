@@ -95,6 +95,7 @@ class LoGoPrompt(Method):
         targets=(Target(LABELS, "selection"),),
         images="an image $x$, and with names $x_c$",
         several=("image",),
+        note="at test the K likeliest classes are tried with their names",
     )
     official_hyperparameters = {  # as the paper's symbols; there are no official ones
         "K": "k",
