@@ -103,14 +103,20 @@ def _make(spec, clip, names=NAMES, seed=0, **hparams):
     return build(spec, clip, names, seed=seed, **hparams)
 
 
-def batch_of(dataset, clip, n=None):
+def batch_of(dataset, clip, n=None, method=None):
+    """Images, labels and frozen features; with a method also its views in training, if
+    it reads any.
+    """
     images = transform(clip, dataset.train.images())[:n]
-    return Batch(
+    batch = Batch(
         images=images,
         labels=dataset.train.labels[:n],
         features=clip.encode_image(images),
         generator=torch.Generator().manual_seed(0),
     )
+    if method is not None and "views" in method.reads.split("+"):
+        batch.views = method.views(dataset.train.images()[:n], batch.generator)
+    return batch
 
 
 def learns(method):
@@ -238,7 +244,7 @@ def takes_any_number_of_classes(spec, clip, folder):
     for classes in (1, 300):
         names = [f"thing number {i}" for i in range(classes)]
         method = _make(spec, clip, names)
-        batch = batch_of(toy_dataset(clip), clip, 3)
+        batch = batch_of(toy_dataset(clip), clip, 3, method)
         batch.labels = torch.tensor([0, classes - 1, classes // 2])
         assert method.logits(batch).shape == (3, classes)
         assert method.predict(batch.images).shape == (3,)
@@ -249,7 +255,7 @@ def takes_any_number_of_classes(spec, clip, folder):
 def takes_a_batch_of_one(spec, clip, folder):
     method = _make(spec, clip)
     dataset = toy_dataset(clip)
-    one, all_of_them = batch_of(dataset, clip, 1), batch_of(dataset, clip)
+    one, all_of_them = batch_of(dataset, clip, 1, method), batch_of(dataset, clip)
     torch.testing.assert_close(
         method.logits(one), method.logits(all_of_them)[:1], rtol=1e-4, atol=1e-4
     )

@@ -324,6 +324,9 @@ ALSO = {
     "dept": also_dept,
     "promptsrc": also_promptsrc,
 }
+# What a method draws in training, from the fixture: a function of the method, the
+# fixture, the batch, which it may add to, and "loss" or the name of the trace.
+BEFORE = {}
 OWN = {
     ("benchmark", None): check_benchmark,
     ("clip", None): check_clip,

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from own import ALSO, OWN, close, described_images
+from own import ALSO, BEFORE, OWN, close, described_images
 from seeded import seeded
 
 from promptkit.method import Batch
@@ -31,6 +31,7 @@ for found in sorted(Path(__file__).parent.glob("own_*.py")):
     module = import_module(found.stem)
     OWN.update(getattr(module, "OWN", {}))
     ALSO.update(getattr(module, "ALSO", {}))
+    BEFORE.update(getattr(module, "BEFORE", {}))
 
 
 def test_fixture(parity_path, request):
@@ -52,7 +53,8 @@ def test_fixture(parity_path, request):
     clip = request.getfixturevalue("parity_clip")
     if fixture["kind"] == "common":
         objects = {"host": fixture["host"]} if "host" in fixture else {}
-        if "teacher_parameters" in fixture:
+        taught = any(name.startswith("teacher_") for name in arrays)
+        if "teacher_parameters" in fixture or taught:
             objects["teacher"] = request.getfixturevalue("parity_teacher")
         check_common(known[fixture["method"]], clip, fixture, arrays, objects)
     else:
@@ -83,7 +85,7 @@ def check_common(cls, clip, fixture, arrays, objects):
 
     compared = [close(method.logits(batch), arrays, "logits")]
     with torch.no_grad():
-        image = method.eval().image_features(images)
+        image = method.eval().adapt(method.image_features(images))
         if "image_features" in arrays:
             assert_features(image, arrays["image_features"])
         if "text_features" in arrays:
@@ -96,7 +98,9 @@ def check_common(cls, clip, fixture, arrays, objects):
         close(method.logits(batch), arrays, "logits_new")
         method.set_classes(fixture["classnames"])
 
+    before = BEFORE.get(fixture["method"], lambda *step: None)
     if "loss" in arrays:
+        before(method, fixture, batch, "loss")
         compared.append(check_gradients(method, batch, arrays))
     missing = {
         name.partition("/")[2] for name in arrays if name.startswith("gradnorm/")
@@ -110,6 +114,7 @@ def check_common(cls, clip, fixture, arrays, objects):
         if name not in arrays:
             continue
         method = make(cls, clip, fixture, arrays, objects).train()
+        before(method, fixture, batch, name)
         trace, optimizer = [], make_optimizer(method, described)
         for _ in arrays[name]:
             optimizer.zero_grad()
