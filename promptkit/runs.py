@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from promptkit import data, identity, probe, registry, train
+from promptkit import data, hyperparameters, identity, probe, registry, train
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
 from promptkit.method import Method
@@ -292,10 +292,7 @@ def plan(run: Run) -> Plan:
         ]
         config |= {"texts": texts}
     if objects:
-        config["objects"] = {
-            name: thing.config if isinstance(thing, Plan) else thing.fingerprint
-            for name, thing in objects.items()
-        }
+        config["objects"] = {name: _told(thing) for name, thing in objects.items()}
     if run.max_steps is not None:
         config["overrides"] = run.overrides | {"max_steps": run.max_steps}
     if run.profile == "full":
@@ -371,13 +368,18 @@ def _objects(run, recipe, clip):
     """The plans of a method's teachers, and its further backbones, by name.
 
     Each is written "METHOD@MODEL" or "@MODEL", MODEL with "/WEIGHTS" where it needs
-    them.
+    them; several backbones in a list, or with commas between them.
     """
-    known = set(nesting(run.method)[0].objects()) - {"host"}
+    cls = nesting(run.method)[0]
+    known = set(cls.objects()) - {"host"}
     out = {}
     for name, text in recipe.objects.items():
         if name not in known:
             raise unknown(f"object of {run.method}", name, known)
+        if hyperparameters.fits([], cls.objects()[name][0]):
+            several = text.split(",") if isinstance(text, str) else text
+            out[name] = [_another(run, name, each) for each in several]
+            continue
         if not isinstance(text, str):
             out[name] = text
             continue
@@ -398,7 +400,7 @@ def _objects(run, recipe, clip):
             profile=run.profile, max_steps=run.max_steps, root=run.root,
         )  # fmt: skip
         out[name] = plan(asked)
-    missing = known - set(out)
+    missing = set(cls.needs()) - {"host"} - set(out)
     if missing:
         name = min(missing)
         raise InputError(
@@ -406,6 +408,27 @@ def _objects(run, recipe, clip):
             " 'promptsrc@mini-teacher'"
         )
     return out
+
+
+def _another(run, name, text):
+    """One of several further backbones."""
+    if not isinstance(text, str):
+        return text
+    spec, at, model = text.strip().rpartition("@")
+    model, _, weights = model.partition("/")
+    if spec or not at or not model:
+        raise InputError(
+            f"{name} of {run.method} are written @MODEL,@MODEL/WEIGHTS, such as"
+            f" '@mini-teacher', not {text!r}"
+        )
+    return _clip(model, weights or None, run.device, run.precision)
+
+
+def _told(thing):
+    """What a configuration says of an object, or of several."""
+    if isinstance(thing, list):
+        return [_told(part) for part in thing]
+    return thing.config if isinstance(thing, Plan) else thing.fingerprint
 
 
 def backbone(
