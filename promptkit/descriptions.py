@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptkit.data.names import read_json, same, short, some, trimmed
 from promptkit.errors import InputError
+from promptkit.files import read_json, same, short, some, trimmed
 from promptkit.prompts import Template
 
 # What files call the benchmark's datasets, once the words in DECORATION are gone.

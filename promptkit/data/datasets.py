@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from promptkit import descriptions as sentences
 from promptkit.data import benchmark, own, world
 from promptkit.data.names import names_for, warn_of_codes
 from promptkit.data.render import SIZE
@@ -26,6 +25,7 @@ from promptkit.data.tasks import (
     draw_options,
     facts,
 )
+from promptkit.descriptions import descriptions_for, file_in
 from promptkit.errors import unknown
 from promptkit.files import cache_folder, lock, write_atomically
 
@@ -89,7 +89,7 @@ def load_dataset(name, root=None, *, classnames=None, descriptions=None) -> Data
     if mine:
         warn_of_codes(dataset.classnames, name)
     if descriptions is not None and os.path.isdir(_expanded(descriptions)):
-        file = sentences.file_in(descriptions, dataset.name)
+        file = file_in(descriptions, dataset.name)
         if file is None:
             warnings.warn(
                 f"{descriptions} has no file about {dataset.name}, which stays without",
@@ -97,7 +97,7 @@ def load_dataset(name, root=None, *, classnames=None, descriptions=None) -> Data
             )
         descriptions = file
     if descriptions is not None:
-        described = sentences.descriptions_for(descriptions, dataset.classnames)
+        described = descriptions_for(descriptions, dataset.classnames)
         dataset = replace(dataset, descriptions=described)
     return dataset
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptkit.clip import zero_shot_features
-from promptkit.data.names import some
 from promptkit.descriptions import key_of, sentence_features, sentences_of
 from promptkit.errors import InputError, expect
+from promptkit.files import some
 from promptkit.method import Method, register
 from promptkit.methods.clip import CLIP
 from promptkit.picture import Bridge, Picture, learned

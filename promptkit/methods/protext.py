@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from promptkit.data.names import same, some
 from promptkit.descriptions import Texts, key_of, sentence_features, sentences_of
 from promptkit.errors import InputError, expect
+from promptkit.files import same, some
 from promptkit.method import register
 from promptkit.methods.ivlp import IVLP
 from promptkit.methods.maple import overwritten
