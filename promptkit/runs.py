@@ -163,11 +163,19 @@ class Plan:
         }
         if self.recipe.trains and learned:
             images, batch = len(dataset.train), self.recipe.batch_size
-            out["shots"] = f"{run.shots} a class, {images} images; seed {run.seed}"
+            kinds = supervision(run.method)
+            steps = f"{self.steps(images)} steps of {min(batch, images)}"
+            if "shots" in kinds:
+                out["shots"] = f"{run.shots} a class, {images} images; seed {run.seed}"
+            elif "pool" in kinds:  # which of them it takes, it decides itself
+                out["pool"] = f"{images} images without labels; seed {run.seed}"
+                steps = f"at most {steps}"
+            else:
+                out["texts"] = f"sentences about the classes; seed {run.seed}"
+                steps = f"batches of {batch}"
             out["training"] = (
-                f"{self.recipe.epochs} epochs, {self.steps(images)} steps of"
-                f" {min(batch, images)}, {self.recipe.optimizer}, learning rate"
-                f" {self.recipe.lr:g}"
+                f"{self.recipe.epochs} epochs, {steps}, {self.recipe.optimizer},"
+                f" learning rate {self.recipe.lr:g}"
             )
         if run.method == PROBE:
             learned = len(dataset.classnames) * (self.clip.embed_dim + 1)
