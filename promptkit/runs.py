@@ -339,7 +339,7 @@ def _resolve(run, source):
             raise InputError(f"the linear probe has nothing to set, so not {named}")
         return run, Recipe(epochs=0)
     cls = nesting(run.method)[0]
-    named = set(cls.objects()) - {"host"}
+    named = registry.objects(run.method)
     fields = {k: v for k, v in run.overrides.items() if k in RECIPE_FIELDS}
     objects = {k: v for k, v in run.overrides.items() if k in named}
     hparams = {
@@ -373,11 +373,15 @@ def _objects(run, recipe, clip):
     Each is written "METHOD@MODEL" or "@MODEL", MODEL with "/WEIGHTS" where it needs
     them.
     """
-    known = set(nesting(run.method)[0].objects()) - {"host"}
+    known = registry.objects(run.method)
     out = {}
     for name, text in recipe.objects.items():
         if name not in known:
             raise unknown(f"object of {run.method}", name, known)
+        options = {}
+        if isinstance(text, dict):
+            options = {key: text[key] for key in text if key != "method"}
+            text = text["method"]
         if not isinstance(text, str):
             out[name] = text
             continue
@@ -396,6 +400,8 @@ def _objects(run, recipe, clip):
         asked = Run(
             run.protocol, spec, run.dataset, run.targets, run.shots, 1, other,
             profile=run.profile, max_steps=run.max_steps, root=run.root,
+            overrides=options, classnames=run.classnames,
+            descriptions=run.descriptions, labels=run.labels,
         )  # fmt: skip
         out[name] = plan(asked)
     missing = known - set(out)
