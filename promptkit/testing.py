@@ -16,6 +16,7 @@ raises an AssertionError where the promise is broken.
 """
 
 import copy
+import inspect
 import json
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ from promptkit.data import Dataset, Split, transform
 from promptkit.errors import InputError
 from promptkit.method import Batch
 from promptkit.recipe import Setting
-from promptkit.registry import build, load_method, methods, recipe
+from promptkit.registry import build, load_method, methods, nesting, recipe
 from promptkit.train import accuracy, fit
 
 NAMES = ["red square", "green_circle", "blue star", "an old, grey teapot", "pug"]
@@ -100,6 +101,11 @@ def tiny_clip(
 
 
 def _make(spec, clip, names=NAMES, seed=0, **hparams):
+    """The method; a teacher that it needs is CoOp on the same CLIP."""
+    for cls in nesting(spec):
+        for name, (_, default) in cls.objects().items():
+            if name != "host" and default is inspect.Parameter.empty:
+                hparams.setdefault(name, build("coop", clip, names, seed=3))
     return build(spec, clip, names, seed=seed, **hparams)
 
 
@@ -225,12 +231,9 @@ def runs_in_bf16(spec, clip, folder):
     batch = batch_of(dataset, clip)
     half = _make(spec, half_clip).logits(Batch(images=batch.images))
     assert half.dtype == torch.float32
-    torch.testing.assert_close(
-        half,
-        _make(spec, clip).logits(Batch(images=batch.images)),
-        rtol=0.05,
-        atol=0.5,
-    )
+    whole = _make(spec, clip).logits(Batch(images=batch.images))
+    size = whole.abs().mean().item()  # some heads spread logits further than CLIP does
+    torch.testing.assert_close(half, whole, rtol=0.05, atol=max(0.5, 0.03 * size))
 
 
 def takes_any_number_of_classes(spec, clip, folder):
