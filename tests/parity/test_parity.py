@@ -181,6 +181,14 @@ def make(cls, clip, fixture, arrays, objects):
             else:
                 value = seeded(f"{fixture['name']}/{name}", p["shape"], p["std"])
                 official[name] = p.get("mean", 0.0) + value
+    for name, said in fixture.get("state", {}).items():
+        if name in names:  # what it remembers, described by the call that makes it
+            call = re.search(
+                r"seeded\([\"']([^\"']+)[\"'], \(([^)]+)\), ([\d.]+)\)", said
+            )
+            value = seeded(call[1], map(int, call[2].split(",")), float(call[3]))
+            unit = "normalize(" in said
+            official[name] = torch.nn.functional.normalize(value) if unit else value
     method.load_official(official)
     return method
 
