@@ -67,7 +67,11 @@ class Deployed(nn.Module):
             sets = isinstance(text, list | tuple)
             text = [part.detach().clone() for part in (text if sets else [text])]
             # What it makes when first asked, it has now.
-            method.score(text[0][:1], text if sets else text[0])
+            size, device = method.clip.image_size, method.clip.device
+            image = method.encode(
+                Batch(images=torch.zeros(1, 3, size, size).to(device))
+            )
+            method.score(image, text if sets else text[0])
         self.classnames = list(method.classnames)
         self.method = method
         # A method holds its CLIP outside of the module tree; these are what images meet
