@@ -56,8 +56,11 @@ class Deployed(nn.Module):
             raise InputError(f"only a method can be exported, not {method!r}")
         method = copy.deepcopy(method).eval().requires_grad_(False)
         adapts = any(type(part).forward is not Method.forward for part in method.nest())
-        if method.conditional or adapts:
-            why = "it adapts to each image" if adapts else "each image has its own"
+        several = "views" in (method.reads_at_test or method.reads).split("+")
+        if method.conditional or adapts or several:
+            why = "each image has its own" if method.conditional else ""
+            why = "it adapts to each image" if adapts else why
+            why = why or "it reads random views of each image"
             raise InputError(
                 f"{method.spec} cannot be exported: the class features must be fixed"
                 f" once the classes are known, and {why}"
