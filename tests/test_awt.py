@@ -309,6 +309,25 @@ def test_the_few_shot_form_keeps_the_promises(promise, tiny_clip, tmp_path):
     promise("few", tiny_clip, tmp_path)
 
 
+def test_published_options(tiny_clip):
+    options = {"down_rate": 8, "adapter_layers": [1], "text": False, "scale": 0.5}
+    few = AWT.from_official(tiny_clip, NAMES, options | {"num_desc": 3})
+    assert list(few.adapters) == ["image"] and few.solver["together"]
+    assert {n.split(".")[3] for n, _ in few.named_parameters()} == {"1"}
+    names, own = few.official_names(), few.state_dict()
+    state = {key: own[ours].clone() for key, ours in names.items()}
+    assert all(key.split(".")[2] == "0" for key in state)
+    numbered = {k.replace(".0.", ".1.", 1): v + 1 for k, v in state.items()}
+    few.load_official(numbered)  # by its block
+    for key, ours in names.items():
+        torch.testing.assert_close(few.state_dict()[ours], state[key] + 1)
+    attention = AWT.from_official(tiny_clip, NAMES, {"mlp": False, "scale": -1})
+    assert all("attn" in name for name, _ in attention.named_parameters())
+    assert any("scale" in name for name, _ in attention.named_parameters())
+    zero = AWT.from_official(tiny_clip, NAMES, {"sinkhorn_eps": 0.2})
+    assert not zero.n_parameters and not zero.solver["together"]
+
+
 def test_recipes_and_what_does_not_fit(tiny_clip):
     few = recipe("awt", Setting("few-shot", shots=4, profile="full"))
     many = recipe("awt", Setting("few-shot", shots=16, profile="full"))

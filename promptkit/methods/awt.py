@@ -144,7 +144,8 @@ class AWT(Method):
         "scale": "scale",
         "distil_image": "image_weight",
         "distil_text": "text_weight",
-        "learnable_scale": None,  # these three: see official_hparams
+        **dict.fromkeys(("visual", "text", *PARTS)),  # these: see official_hparams
+        "learnable_scale": None,
         "train_temperatures": None,
         "test_temperatures": None,
         "n_prompts": None,  # follows from the number of descriptions
@@ -428,12 +429,34 @@ class AWT(Method):
             names[".".join([*official, *rest])] = f"adapters.{ours}"
         return names
 
+    def official_state(self, state):
+        """Adapters of some blocks may be numbered by these, or one after another."""
+        blocks = {key.split(".")[2] for key in state if "adapter_learner.adapt_" in key}
+        if self.layers is None or blocks != {str(layer) for layer in self.layers}:
+            return state
+        renumbered = {}
+        for key, value in state.items():
+            parts = key.split(".")
+            if "adapter_learner.adapt_" in key:
+                parts[2] = str(self.layers.index(int(parts[2])))
+            renumbered[".".join(parts)] = value
+        return renumbered
+
     @classmethod
     def official_hparams(cls, hyperparameters):
         """As for any method. Options of the adapters ask for the few-shot form, which
-        solves a batch together; a scale of -1 is learned.
+        solves a batch together; a scale of -1 is learned, and "visual", "text", "attn"
+        and "mlp" switch adapters off where they are false.
         """
         ours = super().official_hparams(hyperparameters)
+        switches = {"towers": {"visual": "image", "text": "text"}}
+        switches |= {"parts": {part: part for part in PARTS}}
+        for name, official in switches.items():
+            named = [official.get(place, place) for place in ours.get(name) or ()]
+            off = [k for k in official if not hyperparameters.get(k, True)]
+            if named or off:
+                some = named or official.values()
+                ours[name] = [k for k in some if k not in {official[o] for o in off}]
         known = {"layers", "parts", "rate", "scale", "train_sentences", "towers"}
         if known & set(ours) or "learnable_scale" in hyperparameters:
             ours |= {"adapters": True, "together": True}

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promptkit.clip import FrozenCLIP
 from promptkit.data import transform
 from promptkit.errors import InputError, expect
 from promptkit.method import Batch, Method, register
@@ -268,7 +269,9 @@ class PromptKD(Method):
         } | state
 
     @classmethod
-    def from_official(cls, clip, classnames, hyperparameters, *, teacher, **objects):
+    def from_official(
+        cls, clip, classnames, hyperparameters, *, teacher=None, **objects
+    ):
         """As for any method; of a backbone as the teacher PromptSRC is made, with 4
         tokens in 9 blocks of both towers, or in all that it has.
         """
@@ -277,7 +280,7 @@ class PromptKD(Method):
         depth = hyperparameters.get("PROMPT_DEPTH_VISION", depth)
         if depth is not None:
             ours["depth_vision"] = min(depth, len(clip.image_tower.blocks))
-        if not isinstance(teacher, Method):
+        if isinstance(teacher, FrozenCLIP):
             words = str(hyperparameters.get("teacher_depth") or 9).partition(",")[0]
             towers = (teacher.text_tower, teacher.image_tower)
             depth = min(int(words), *(len(tower.blocks) for tower in towers))
@@ -287,7 +290,8 @@ class PromptKD(Method):
                 teacher, classnames, n_ctx=n_ctx, n_ctx_vision=tokens, depth=depth,
                 depth_vision=depth,
             )  # fmt: skip
-        return cls(clip, classnames, teacher=teacher, **ours, **objects)
+        objects |= {} if teacher is None else {"teacher": teacher}
+        return cls(clip, classnames, **ours, **objects)
 
     @classmethod
     def recipe(cls, setting):

@@ -18,6 +18,8 @@ def check_weak_detectors(clip, fixture, arrays):
     names, options = fixture["classnames"], fixture["hyperparameters"]
     batch = Batch(images=described_images(fixture))
 
+    modes = options.get("modes") or [options["mode"]]
+
     def make(mode):
         method = WeakDetectors.from_official(clip, names, options | {"mode": mode})
         official = {
@@ -28,7 +30,7 @@ def check_weak_detectors(clip, fixture, arrays):
         method.load_official(official)
         return method.eval()
 
-    method = make(options["modes"][0])
+    method = make(modes[0])
     with torch.no_grad():
         image, text = method.features(batch)
         done = method.compete(image, text)
@@ -47,7 +49,7 @@ def check_weak_detectors(clip, fixture, arrays):
     gain = method.detect(done.tuned_logits, "entropy")
     gain = gain - method.detect(done.zero_logits, "entropy")
     compared.append(close(gain, arrays, "infogain", atol=1e-6))
-    for mode in options["modes"]:
+    for mode in modes:
         method = make(mode)
         with torch.no_grad():
             weight = method.compete(*method.features(batch)).weight
