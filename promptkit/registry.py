@@ -68,7 +68,8 @@ def specs() -> list[str]:
     return [
         spec
         for spec in out
-        if set(re.findall(r"\w+", spec)) <= set(known) and not objects(spec)
+        if set(re.findall(r"\w+", spec)) <= set(known)
+        and not any(name in cls.needs() for name, cls in objects(spec).items())
     ]
 
 
@@ -113,11 +114,12 @@ def nesting(spec: str) -> list[type[Method]]:
     return [cls, cls.default_host[0]] if cls.default_host else [cls]
 
 
-def objects(spec: str) -> set[str]:
-    """The names of what a method, or plug-ins around one, stands on beside its backbone
-    and its hosts: a teacher, further backbones.
+def objects(spec: str) -> dict[str, type[Method]]:
+    """What a method, or plug-ins around one, may stand on beside its backbone and its
+    hosts (a teacher, further backbones): names, and the outermost part that takes each.
     """
-    return {name for cls in nesting(spec) for name in cls.objects()} - {"host"}
+    found = {name: cls for cls in nesting(spec)[::-1] for name in cls.objects()}
+    return {name: cls for name, cls in found.items() if name != "host"}
 
 
 def supervision(spec: str) -> set[str]:
@@ -181,7 +183,7 @@ def _build(spec, clip, classnames, hparams):
     name, host = parse(spec)
     cls = methods()[name]
     if host is not None:
-        theirs = objects(host) - set(cls.objects())
+        theirs = set(objects(host)) - set(cls.objects())
         passed = {key: hparams[key] for key in hparams if key in theirs}
         own = {key: hparams[key] for key in hparams if key not in theirs}
         inner = hparams.get("host", {}) | passed

@@ -404,7 +404,7 @@ def _objects(run, recipe, clip):
             descriptions=run.descriptions, labels=run.labels,
         )  # fmt: skip
         out[name] = plan(asked)
-    missing = known - set(out)
+    missing = {name for name in known if name in known[name].needs()} - set(out)
     if missing:
         name = min(missing)
         raise InputError(

@@ -16,7 +16,6 @@ raises an AssertionError where the promise is broken.
 """
 
 import copy
-import inspect
 import json
 from dataclasses import replace
 
@@ -31,7 +30,7 @@ from promptkit.data import Dataset, Split, transform
 from promptkit.errors import InputError
 from promptkit.method import Batch
 from promptkit.recipe import Setting
-from promptkit.registry import build, load_method, methods, nesting, recipe
+from promptkit.registry import build, load_method, methods, objects, recipe
 from promptkit.train import accuracy, fit
 
 NAMES = ["red square", "green_circle", "blue star", "an old, grey teapot", "pug"]
@@ -102,10 +101,9 @@ def tiny_clip(
 
 def _make(spec, clip, names=NAMES, seed=0, **hparams):
     """The method; a teacher that it needs is CoOp on the same CLIP."""
-    for cls in nesting(spec):
-        for name, (_, default) in cls.objects().items():
-            if name != "host" and default is inspect.Parameter.empty:
-                hparams.setdefault(name, build("coop", clip, names, seed=3))
+    for name, cls in objects(spec).items():
+        if name in cls.needs():
+            hparams.setdefault(name, build("coop", clip, names, seed=3))
     return build(spec, clip, names, seed=seed, **hparams)
 
 
