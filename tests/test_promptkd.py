@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from promptkit.data import base_new, transform
 from promptkit.errors import InputError
+from promptkit.export import Deployed, export_program
 from promptkit.method import Batch
 from promptkit.methods.promptkd import as_seen_by, divergence
 from promptkit.recipe import PROTOCOLS, Recipe, Setting
@@ -173,6 +174,20 @@ def test_a_checkpoint_of_its_own_repository(tiny_clip, dataset, tmp_path):
     batch = batch_of(tiny_clip, dataset)
     assert torch.equal(loaded.logits(batch), method.logits(batch))
     assert not torch.equal(other.logits(batch), method.logits(batch))
+
+
+@pytest.mark.parametrize("spec", ["clip", "coop", "maple", "dept(coop)"])
+def test_any_method_with_one_feature_a_class_can_teach(tiny_clip, dataset, spec):
+    method = made(tiny_clip, teacher=build(spec, tiny_clip, NAMES), weight=1.0)
+    history = fit(method, dataset, QUICK, progress=False)
+    assert history.losses[-1] < history.losses[0]
+    batch = batch_of(tiny_clip, dataset)
+    torch.testing.assert_close(method.target(batch), method.teacher.logits(batch))
+    expected = method.logits(batch)
+    for network in (Deployed(method), export_program(method).module()):
+        torch.testing.assert_close(
+            network(batch.images), expected, rtol=1e-4, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from promptkit.data import transform
 from promptkit.errors import InputError
+from promptkit.export import Deployed, export_program
 from promptkit.method import Batch
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, recipe
@@ -170,6 +171,33 @@ def test_testing_reads_and_writes_no_tokens(tiny_clip, dataset):
     assert batch.tokens is None and torch.equal(method.cache, cache)
     method.eval().loss(batch)
     assert torch.equal(method.cache, cache)
+
+
+@pytest.mark.parametrize("host", ["coop", "maple", "promptkd"])
+def test_it_is_exported_refined(tiny_clip, dataset, host):
+    method, batch = made(tiny_clip, host), batch_of(tiny_clip, dataset)
+    expected = method.logits(batch)
+    program = export_program(method).module()
+    for network in (Deployed(method), program):
+        torch.testing.assert_close(
+            network(batch.images), expected, rtol=1e-4, atol=1e-3
+        )
+
+
+def test_inside_other_plugins(tiny_clip, dataset):
+    """The cache is written by whichever loss is outermost; the surer of two classifiers
+    may be the refined one.
+    """
+    batch = batch_of(tiny_clip, dataset)
+    for spec in ("dept(textrefiner(coop))", "weak_detectors(textrefiner(maple))"):
+        method = build(spec, tiny_clip, NAMES)
+        before = method.host.cache.clone()
+        fit(method, dataset, QUICK, progress=False)
+        assert not torch.equal(before, method.host.cache)
+        assert method.logits(batch).isfinite().all()
+    alone = build("weak_detectors(textrefiner(coop))", tiny_clip, NAMES,
+                  detector="constant", sharpness=1.0)  # fmt: skip
+    torch.testing.assert_close(alone.logits(batch), alone.host.logits(batch))
 
 
 def test_its_own_names(tiny_clip):
