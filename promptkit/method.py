@@ -536,6 +536,12 @@ class Method(nn.Module, metaclass=MethodType):
         return {n: known[n] for n in known if hyperparameters.holds(known[n][0], kinds)}
 
     @classmethod
+    def needs(cls) -> list[str]:
+        """Those of its :meth:`objects` that it cannot be made without."""
+        empty = inspect.Parameter.empty
+        return [n for n, (_, default) in cls.objects().items() if default is empty]
+
+    @classmethod
     def check(cls, given: dict) -> dict:
         """The arguments of its constructor with their defaults filled in.
 

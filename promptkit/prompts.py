@@ -7,6 +7,7 @@ name can stand anywhere.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -118,12 +119,14 @@ class Template:
             )
         self._layouts: dict[tuple[bool, ...], _Layout] = {}
 
-    def __call__(self, *tokens: Tensor) -> Prompt:
+    def __call__(self, *tokens: Tensor, classes: Tensor | None = None) -> Prompt:
         """The prompt with the learned segments filled in.
 
         Args:
             tokens (Tensor): one a slot, each (M, D) shared, (C, M, D) by class, (G, 1,
                 M, D) by group or (G, C, M, D) by both, where M is the slot's length.
+            classes (Tensor | None): (n,) positions of the classes to make it for; None:
+                all. Without them, the embeddings of all classes are never held at once.
 
         Returns:
             Prompt: whose prefix ends where the first token that differs by class
@@ -150,7 +153,7 @@ class Template:
         by_class = tuple(x.dim() > 2 and x.shape[-3] > 1 for x in tokens)
         if by_class not in self._layouts:
             self._layouts[by_class] = _Layout(self.clip, self._items, by_class)
-        return self._layouts[by_class](tokens, groups, C)
+        return self._layouts[by_class](tokens, groups, C, classes)
 
 
 class _Layout:
@@ -241,10 +244,15 @@ class _Layout:
         )  # (C, T)
         self.fixed = clip.embed(fixed)  # (U, D)
         self.index = index
-        # Without slots the tail never changes.
-        self.tail = None if self.tail_slots else self.fixed[index]  # (C, T, D)
 
-    def __call__(self, tokens: Sequence[Tensor], groups: int, C: int) -> Prompt:
+    @cached_property
+    def tail(self) -> Tensor:
+        """(C, T, D); without slots the tail never changes."""
+        return self.fixed[self.index]
+
+    def __call__(
+        self, tokens: Sequence[Tensor], groups: int, C: int, classes: Tensor | None
+    ) -> Prompt:
         prefix = []
         for part in self.prefix:
             part = tokens[part] if isinstance(part, int) else part
@@ -253,42 +261,54 @@ class _Layout:
             )  # (n, D), (1, n, D) or (G, n, D)
             prefix.append(part.expand(groups, -1, -1))
         prefix = torch.cat(prefix, dim=1)  # (G, P, D)
+        index, eot = self.index, self.eot
+        if classes is not None:
+            classes = classes.to(index.device)
+            index, eot = index[classes], eot[classes]
         if self.tail_slots:
             learned = [tokens[n] for n in self.tail_slots]
             tail = self._gather(
                 [
                     self.fixed,
                     *(x.flatten(-3, -2) if x.dim() > 2 else x for x in learned),
-                ]
+                ],
+                index,
             )
         else:
-            tail = self.tail
+            tail = self.tail if classes is None else self.fixed[index]
         if not self.head:
-            return Prompt(prefix, tail, self.eot)
-        suffix = [
-            tokens[part] if isinstance(part, int) else part for part in self.head
-        ] + [tail]
+            return Prompt(prefix, tail, eot)
+        suffix = [tokens[part] if isinstance(part, int) else part for part in self.head]
+        if classes is not None:
+            C = len(classes)
+            suffix = [
+                part[..., classes, :, :]
+                if part.dim() > 2 and part.shape[-3] > 1
+                else part
+                for part in suffix
+            ]
+        suffix.append(tail)
         deep = any(part.dim() == 4 for part in suffix)
         shape = (groups, C, -1, -1) if deep else (C, -1, -1)
         return Prompt(
             prefix,
             torch.cat([part.expand(*shape) for part in suffix], dim=-2),
-            self.eot,
+            eot,
         )
 
-    def _gather(self, bank: list[Tensor]) -> Tensor:
+    def _gather(self, bank: list[Tensor], index: Tensor) -> Tensor:
         """Rows of the tail: (C, T, D), or (G, C, T, D) if a slot differs by group."""
         groups = max(part.shape[0] if part.dim() == 3 else 1 for part in bank)
-        C, T = self.index.shape
+        C, T = index.shape
         if groups == 1:
             bank = torch.cat(
                 [part[0] if part.dim() == 3 else part for part in bank]
             )  # (R, D)
-            return bank.index_select(0, self.index.reshape(-1)).view(C, T, -1)
+            return bank.index_select(0, index.reshape(-1)).view(C, T, -1)
         bank = torch.cat(
             [part.expand(groups, -1, -1) for part in bank], dim=1
         )  # (G, R, D)
-        return bank.index_select(1, self.index.reshape(-1)).view(groups, C, T, -1)
+        return bank.index_select(1, index.reshape(-1)).view(groups, C, T, -1)
 
 
 def _truncated(items: list, C: int, limit: int) -> list:
@@ -483,22 +503,27 @@ class Context(nn.Module):
             return [own, self.length, rest]
         return [self._half, own, self.length - self._half, rest]
 
-    def prompt(self, vectors: Tensor | None = None) -> Prompt:
+    def prompt(
+        self, vectors: Tensor | None = None, classes: Tensor | None = None
+    ) -> Prompt:
         """The classes' prompt.
 
         Args:
             vectors (Tensor | None): instead of `self.vectors`: also (G, 1, M, D) or (G,
                 C, M, D), for contexts that depend on the image.
+            classes (Tensor | None): (n,) positions of some classes, for them alone.
 
         Returns:
-            Prompt: of G groups and C classes.
+            Prompt: of G groups and C, or n, classes.
         """
         vectors = self.vectors if vectors is None else vectors
         if self.position == "middle":
             return self.template(
-                vectors[..., : self._half, :], vectors[..., self._half :, :]
+                vectors[..., : self._half, :],
+                vectors[..., self._half :, :],
+                classes=classes,
             )
-        return self.template(vectors)
+        return self.template(vectors, classes=classes)
 
 
 def overwriting_context(

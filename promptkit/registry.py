@@ -62,7 +62,7 @@ def specs() -> list[str]:
     """
     out = []
     for name, cls in methods().items():
-        if set(cls.objects()) - {"host"}:
+        if set(cls.needs()) - {"host"}:
             continue
         out += [name] if not cls.plugin or cls.default_host else []
         out += [f"{name}({host})" for host in cls.hosts] if cls.plugin else []

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from promptkit import data, identity, probe, registry, train
+from promptkit import data, hyperparameters, identity, probe, registry, train
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
 from promptkit.method import Method
@@ -163,11 +163,19 @@ class Plan:
         }
         if self.recipe.trains and learned:
             images, batch = len(dataset.train), self.recipe.batch_size
-            out["shots"] = f"{run.shots} a class, {images} images; seed {run.seed}"
+            kinds = supervision(run.method)
+            steps = f"{self.steps(images)} steps of {min(batch, images)}"
+            if "shots" in kinds:
+                out["shots"] = f"{run.shots} a class, {images} images; seed {run.seed}"
+            elif "pool" in kinds:  # which of them it takes, it decides itself
+                out["pool"] = f"{images} images without labels; seed {run.seed}"
+                steps = f"at most {steps}"
+            else:
+                out["texts"] = f"sentences about the classes; seed {run.seed}"
+                steps = f"batches of {batch}"
             out["training"] = (
-                f"{self.recipe.epochs} epochs, {self.steps(images)} steps of"
-                f" {min(batch, images)}, {self.recipe.optimizer}, learning rate"
-                f" {self.recipe.lr:g}"
+                f"{self.recipe.epochs} epochs, {steps}, {self.recipe.optimizer},"
+                f" learning rate {self.recipe.lr:g}"
             )
         if run.method == PROBE:
             learned = len(dataset.classnames) * (self.clip.embed_dim + 1)
@@ -292,10 +300,7 @@ def plan(run: Run) -> Plan:
         ]
         config |= {"texts": texts}
     if objects:
-        config["objects"] = {
-            name: thing.config if isinstance(thing, Plan) else thing.fingerprint
-            for name, thing in objects.items()
-        }
+        config["objects"] = {name: _told(thing) for name, thing in objects.items()}
     if run.max_steps is not None:
         config["overrides"] = run.overrides | {"max_steps": run.max_steps}
     if run.profile == "full":
@@ -371,13 +376,18 @@ def _objects(run, recipe, clip):
     """The plans of a method's teachers, and its further backbones, by name.
 
     Each is written "METHOD@MODEL" or "@MODEL", MODEL with "/WEIGHTS" where it needs
-    them.
+    them; several backbones in a list, or with commas between them.
     """
-    known = set(nesting(run.method)[0].objects()) - {"host"}
+    cls = nesting(run.method)[0]
+    known = set(cls.objects()) - {"host"}
     out = {}
     for name, text in recipe.objects.items():
         if name not in known:
             raise unknown(f"object of {run.method}", name, known)
+        if hyperparameters.fits([], cls.objects()[name][0]):
+            several = text.split(",") if isinstance(text, str) else text
+            out[name] = [_another(run, name, each) for each in several]
+            continue
         if not isinstance(text, str):
             out[name] = text
             continue
@@ -398,7 +408,7 @@ def _objects(run, recipe, clip):
             profile=run.profile, max_steps=run.max_steps, root=run.root,
         )  # fmt: skip
         out[name] = plan(asked)
-    missing = known - set(out)
+    missing = set(cls.needs()) - {"host"} - set(out)
     if missing:
         name = min(missing)
         raise InputError(
@@ -406,6 +416,27 @@ def _objects(run, recipe, clip):
             " 'promptsrc@mini-teacher'"
         )
     return out
+
+
+def _another(run, name, text):
+    """One of several further backbones."""
+    if not isinstance(text, str):
+        return text
+    spec, at, model = text.strip().rpartition("@")
+    model, _, weights = model.partition("/")
+    if spec or not at or not model:
+        raise InputError(
+            f"{name} of {run.method} are written @MODEL,@MODEL/WEIGHTS, such as"
+            f" '@mini-teacher', not {text!r}"
+        )
+    return _clip(model, weights or None, run.device, run.precision)
+
+
+def _told(thing):
+    """What a configuration says of an object, or of several."""
+    if isinstance(thing, list):
+        return [_told(part) for part in thing]
+    return thing.config if isinstance(thing, Plan) else thing.fingerprint
 
 
 def backbone(

@@ -99,8 +99,17 @@ def tiny_clip(
     return FrozenCLIP(model, name="tiny", **kwargs)
 
 
+def described(dataset):
+    """The dataset with sentences about its classes, for methods that read some."""
+    said = {n: [f"A {n} is round.", f"This is a {n}."] for n in dataset.classnames}
+    return replace(dataset, descriptions=said)
+
+
 def _make(spec, clip, names=NAMES, seed=0, **hparams):
-    return build(spec, clip, names, seed=seed, **hparams)
+    """Built and aimed as a run does it, at a dataset that describes its classes."""
+    method = build(spec, clip, names, seed=seed, **hparams)
+    method.aim(described(toy_dataset(clip, names, shots=1)))
+    return method
 
 
 def batch_of(dataset, clip, n=None, method=None):
@@ -112,6 +121,7 @@ def batch_of(dataset, clip, n=None, method=None):
         images=images,
         labels=dataset.train.labels[:n],
         features=clip.encode_image(images),
+        texts=[f"a {dataset.classnames[c]}" for c in dataset.train.labels[:n]],
         generator=torch.Generator().manual_seed(0),
     )
     if method is not None and "views" in method.reads.split("+"):

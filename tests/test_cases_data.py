@@ -39,13 +39,9 @@ from promptkit.data.check import check
 from promptkit.data.features import frozen_features
 from promptkit.data.folders import images_in, scan
 from promptkit.data.images import Files, read_image
-from promptkit.data.names import (
-    descriptions_for,
-    names_for,
-    read_descriptions,
-    read_names,
-)
+from promptkit.data.names import names_for, read_names
 from promptkit.data.store import Store
+from promptkit.descriptions import descriptions_for, read_descriptions
 from promptkit.errors import InputError
 from promptkit.probe import linear_probe
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from promptkit.clip import FrozenCLIP
 from promptkit.data import base_new, few_shot
 from promptkit.errors import InputError
 from promptkit.method import REGISTRY, Batch, Method, register
 from promptkit.plugin import Plugin
 from promptkit.prompts import Context
 from promptkit.recipe import Recipe, Setting
-from promptkit.registry import build, load_method, recipe, supervision
+from promptkit.registry import build, load_method, recipe, specs, supervision
 from promptkit.runs import Run, execute, plan
 from promptkit.testing import NAMES, PROMISES, tiny_clip, toy_dataset
 from promptkit.towers import Edits, Replace
@@ -356,13 +357,47 @@ def test_a_run_trains_its_teacher_once_and_names_it(tiny_clip, dataset, monkeypa
 def tiny_clip_of_other_width():
     import open_clip
 
-    from promptkit.clip import FrozenCLIP
-
     torch.manual_seed(3)
     vision = dict(layers=2, width=32, head_width=16, patch_size=8, image_size=32)
     text = dict(width=32, heads=2, layers=2)
     model = open_clip.CLIP(embed_dim=40, vision_cfg=vision, text_cfg=text)
     return FrozenCLIP(model, name="another")
+
+
+class Council(Method):
+    """Class features beside how many further backbones it was given, if any."""
+
+    name, supervision = "council", "none"
+
+    def __init__(self, clip, classnames, *, others: list[FrozenCLIP] | None = None):
+        super().__init__(clip, classnames)
+        self.others = list(others or [])
+
+    @classmethod
+    def recipe(cls, setting):
+        return replace(QUICK, epochs=0)
+
+
+def test_further_backbones_may_be_several_or_none(tiny_clip, dataset, monkeypatch):
+    register(Council)
+    assert "council" in specs() and Council.needs() == []
+    asked, other = [], tiny_clip_of_other_width()
+
+    def load(name, pretrained=None, *a, **k):
+        asked.append((name, pretrained))
+        return other
+
+    monkeypatch.setattr("promptkit.runs._clip", load)
+    options = dict(shots=2, clip=tiny_clip)
+    alone = plan(Run("few-shot", "council", dataset, **options))
+    assert "objects" not in alone.config and alone.build(dataset).others == []
+    both = replace(alone.run, overrides={"others": "@one, @two/laion"})
+    assert plan(both).build(dataset).others == [other, other]
+    assert asked == [("one", None), ("two", "laion")]
+    assert plan(both).config["objects"] == {"others": 2 * [other.fingerprint]}
+    assert len(execute(both, progress=False)) == 1
+    with pytest.raises(InputError, match="others of council are written @MODEL"):
+        plan(replace(both, overrides={"others": "@one,coop@two"}))
 
 
 # --- plug-ins -------------------------------------------------------------------------

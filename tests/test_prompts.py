@@ -90,6 +90,24 @@ def test_vectors_of_groups(tiny_clip, position):
                 assert_close(row, rows(alone)[c], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+@pytest.mark.parametrize("shape", [(), (1, 1), (2, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("names", [NAMES, ["pug", "cat", "dog", "owl"]])
+def test_some_classes_alone(tiny_clip, position, shape, names):
+    """As in the whole, in the order that is asked for, also twice."""
+    context = Context(tiny_clip, names, 5, position=position)
+    vectors = torch.randn(*shape, 5, 32)
+    chosen = torch.tensor([3, 0, 3])
+    whole, some = context.prompt(vectors), context.prompt(vectors, chosen)
+    for group in range(len(whole.prefix)):
+        expected = [rows(whole, group)[c] for c in chosen.tolist()]
+        for row, wanted in zip(rows(some, group), expected, strict=True):
+            assert_close(row, wanted, rtol=0, atol=0)
+    own = Context(tiny_clip, names, 5, position=position, class_specific=True)
+    expected = tiny_clip.text(own.prompt())[0, chosen]
+    assert_close(tiny_clip.text(own.prompt(classes=chosen))[0], expected)
+
+
 def test_words(tiny_clip):
     context = Context(tiny_clip, NAMES, words="a photo of a")
     assert context.vectors.shape == (4, 32) and not context.class_specific

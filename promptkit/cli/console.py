@@ -140,7 +140,7 @@ ClassNames = option(
 Descriptions = option(
     Path | None,
     'A JSON file of sentences about the classes, {"heron": ["a grey bird"]}, for'
-    " methods that read some.",
+    " methods that read some; or a folder of such files, called like the datasets.",
 )
 Device = option(str | None, "cpu or cuda; default: a GPU if there is one.")
 Precision = option(str, "fp32, bf16 or fp16.", show_default=True)

@@ -65,6 +65,9 @@ def naming(classnames: Path | None, descriptions: Path | None) -> dict:
     """Files of class names and of sentences, as a run takes them."""
     given = {"classnames": classnames, "descriptions": descriptions}
     for name, path in given.items():
+        folder = name == "descriptions" and path is not None
+        if folder and path.expanduser().is_dir():
+            continue
         if path is not None and not path.expanduser().is_file():
             raise InputError(f"--{name}: there is no file {path}")
     return {k: str(p.expanduser()) for k, p in given.items() if p is not None}

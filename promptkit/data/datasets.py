@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from promptkit.data import benchmark, own, world
-from promptkit.data.names import descriptions_for, names_for, warn_of_codes
+from promptkit.data.names import names_for, warn_of_codes
 from promptkit.data.render import SIZE
 from promptkit.data.samples import base_new, draw, few_shot, subset
 from promptkit.data.splits import Dataset, Split
@@ -25,6 +25,7 @@ from promptkit.data.tasks import (
     draw_options,
     facts,
 )
+from promptkit.descriptions import descriptions_for, file_in
 from promptkit.errors import unknown
 from promptkit.files import cache_folder, lock, write_atomically
 
@@ -73,7 +74,8 @@ def load_dataset(name, root=None, *, classnames=None, descriptions=None) -> Data
         classnames: a file of other names for the classes, see
             :func:`promptkit.data.names.names_for`.
         descriptions: sentences for every class: a JSON file or a dict, see
-            :func:`promptkit.data.names.descriptions_for`.
+            :func:`promptkit.descriptions.descriptions_for`; or a folder of such files,
+            each called like its dataset, see :func:`promptkit.descriptions.file_in`.
 
     Raises:
         InputError: unknown name (the message lists the nearest valid ones), data that
@@ -86,10 +88,23 @@ def load_dataset(name, root=None, *, classnames=None, descriptions=None) -> Data
         dataset = _renamed(dataset, names_for(classnames, dataset.classnames))
     if mine:
         warn_of_codes(dataset.classnames, name)
+    if descriptions is not None and os.path.isdir(_expanded(descriptions)):
+        file = file_in(descriptions, dataset.name)
+        if file is None:
+            warnings.warn(
+                f"{descriptions} has no file about {dataset.name}, which stays without",
+                stacklevel=2,
+            )
+        descriptions = file
     if descriptions is not None:
         described = descriptions_for(descriptions, dataset.classnames)
         dataset = replace(dataset, descriptions=described)
     return dataset
+
+
+def _expanded(path):
+    named = isinstance(path, str | os.PathLike)
+    return os.path.expanduser(path) if named else ""
 
 
 def _of(name, mine):

@@ -1,75 +1,11 @@
-"""Names of classes and sentences about them, from files that people write."""
+"""Names of classes, from files that people write."""
 
-import json
-import os
 import re
 import warnings
 from pathlib import Path
 
 from promptkit.errors import InputError
-
-_MARKS = (  # of encodings, at the start of a file; the longer ones first
-    (b"\xff\xfe\x00\x00", "UTF-32"),
-    (b"\x00\x00\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-)
-
-
-def read_text(path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark, whose lines end
-    in newlines alone.
-
-    Raises:
-        InputError: there is no such file, or it is of another encoding; the message
-            names the likely one and how to convert it.
-    """
-    path = Path(path).expanduser()
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror})") from None
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), None)
-    if encoding is None and b"\0" in content:
-        encoding = "UTF-16LE" if content[1:2] == b"\0" else "UTF-16BE"
-        if content.count(b"\0") not in range(len(content) // 4, len(content) + 1):
-            raise InputError(f"{path} is no text: it holds bytes of zero")
-    if encoding is None:
-        try:
-            text = content.decode("utf-8-sig")
-            return text.replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            line = content[: error.start].count(b"\n") + 1
-            try:
-                content.decode("cp1252")
-                encoding = "WINDOWS-1252"
-            except UnicodeDecodeError:
-                raise InputError(
-                    f"{path} is not in UTF-8 (line {line}), nor in an encoding that can"
-                    " be told: save it as UTF-8"
-                ) from None
-            likely = f"line {line} is not UTF-8, probably {encoding}"
-    else:
-        likely = f"it is in {encoding}"
-    raise InputError(
-        f"{path} must be in UTF-8, but {likely}: save it as UTF-8 (in Excel as 'CSV"
-        " UTF-8'), or convert it by iconv"
-        f" -f {encoding} -t UTF-8 '{path}' > new{path.suffix}"
-    )
-
-
-def trimmed(text: str) -> str:
-    """Text without blanks and invisible marks around it."""
-    return text.strip().strip("\ufeff\u200b").strip()
-
-
-def same(name: str) -> str:
-    """What two names share that CLIP reads alike: case, and underscores for blanks, are
-    nothing to it.
-    """
-    return " ".join(name.replace("_", " ").split()).casefold()
+from promptkit.files import read_json, read_text, same, short, some, trimmed
 
 
 def read_names(path) -> list[str]:
@@ -110,17 +46,17 @@ def names_for(path, folders: list[str]) -> list[str]:
         if len(names) != len(folders):
             raise InputError(
                 f"{path} has {len(names)} names for {len(folders)} classes"
-                f" ({_some(folders)}): it needs a line a class in this order, or"
+                f" ({some(folders)}): it needs a line a class in this order, or"
                 " 'folder,name'"
             )
         return names
     missing = [name for name in folders if name not in pairs]
     if missing:
-        raise InputError(f"{path} has no name for the class {_some(missing)}")
+        raise InputError(f"{path} has no name for the class {some(missing)}")
     if len(pairs) > len(folders):
         unknown = [name for name in pairs if name not in folders]
         warnings.warn(
-            f"{path} also names what is no class here: {_some(unknown)}", stacklevel=3
+            f"{path} also names what is no class here: {some(unknown)}", stacklevel=3
         )
     return _checked([(repr(name), pairs[name]) for name in folders], path, "class")
 
@@ -159,84 +95,6 @@ def _pairs(path, folders):
     return pairs
 
 
-def read_descriptions(path) -> dict[str, list[str]]:
-    """Sentences by class name, from a JSON file {"heron": ["a grey bird", ...], ...}.
-
-    Raises:
-        InputError: the file cannot be read, is not in UTF-8, or holds something else;
-            the message names the class.
-    """
-    return descriptions_of(read_json(path), path)
-
-
-def descriptions_of(content, where="descriptions") -> dict[str, list[str]]:
-    """Sentences by class name, checked: {class: [sentence, ...]}.
-
-    Raises:
-        InputError: it is something else, or names a class twice.
-    """
-    if not isinstance(content, dict) or not content:
-        raise InputError(
-            f'{where} must be a JSON object {{"class": ["a sentence", ...], ...}}, not'
-            f" {_short(content)}"
-        )
-    found, seen = {}, {}
-    for name, sentences in content.items():
-        sentences = [sentences] if isinstance(sentences, str) else sentences
-        fits = isinstance(name, str) and isinstance(sentences, list | tuple)
-        if (
-            not fits
-            or not sentences
-            or not all(isinstance(text, str) and trimmed(text) for text in sentences)
-        ):
-            raise InputError(
-                f"{where}: {name!r} must have a list of sentences, not"
-                f" {_short(sentences)}"
-            )
-        if seen.setdefault(same(trimmed(name)), name) != name:
-            raise InputError(
-                f"{where} has {seen[same(trimmed(name))]!r} and {name!r}, which are the"
-                " same class"
-            )
-        found[trimmed(name)] = [" ".join(text.split()) for text in sentences]
-    return found
-
-
-def descriptions_for(
-    given, classnames: list[str], where="descriptions"
-) -> dict[str, list[str]]:
-    """Sentences for each class of a dataset, by its own name there.
-
-    Names are compared without regard to case, underscores standing for blanks. What
-    belongs to no class is left out, with a warning.
-
-    Args:
-        given: a file as in :func:`read_descriptions`, or a dict like its content.
-
-    Raises:
-        InputError: as in :func:`read_descriptions`; a class has no sentences.
-    """
-    if isinstance(given, str | os.PathLike):
-        given, where = read_descriptions(given), given
-    else:
-        given = descriptions_of(given, where)
-    by_name = {same(name): sentences for name, sentences in given.items()}
-    missing = [name for name in classnames if same(name) not in by_name]
-    if missing:
-        raise InputError(
-            f"{where}: no sentences for the class {_some(missing)}; the file describes"
-            f" {_some(list(given))}"
-        )
-    wanted = {same(name) for name in classnames}
-    unknown = [name for name in given if same(name) not in wanted]
-    if unknown:
-        warnings.warn(
-            f"{where} also describes what is no class here: {_some(unknown)}",
-            stacklevel=3,
-        )
-    return {name: by_name[same(name)] for name in classnames}
-
-
 def warn_of_codes(classnames: list[str], title: str) -> None:
     """A warning if classes bear numbers or WordNet ids, which CLIP knows nothing of, or
     names that it reads alike.
@@ -246,7 +104,7 @@ def warn_of_codes(classnames: list[str], title: str) -> None:
         kind = "WordNet id" if codes[0].startswith("n") else "number"
         which, what = f"class {codes[0]!r} bears", f"a {kind}"
         if len(codes) > 1:
-            which, what = f"classes {_some(codes)} bear", f"{kind}s"
+            which, what = f"classes {some(codes)} bear", f"{kind}s"
         warnings.warn(
             f"{title}: the {which} {what} for a name, which tells CLIP nothing: give"
             " names by --classnames FILE, in Python load_dataset(...,"
@@ -263,24 +121,6 @@ def warn_of_codes(classnames: list[str], title: str) -> None:
             )
 
 
-def read_json(path):
-    def once(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise InputError(f"{path} has the key {twice!r} twice")
-        return found
-
-    text = read_text(path)
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"damaged JSON file {path} ({error})") from None
-
-
 def _checked(entries, path, kind):
     """Names as (where, name) pairs, trimmed; refused if empty, unprintable or
     repeated.
@@ -288,7 +128,7 @@ def _checked(entries, path, kind):
     names, seen = [], {}
     for where, name in entries:
         if not isinstance(name, str) or not trimmed(name):
-            raise InputError(f"{path}: the name of {kind} {where} is {_short(name)}")
+            raise InputError(f"{path}: the name of {kind} {where} is {short(name)}")
         name = trimmed(name)
         if not name.isprintable():
             raise InputError(
@@ -304,14 +144,3 @@ def _checked(entries, path, kind):
     if not names:
         raise InputError(f"{path} names no class")
     return names
-
-
-def _some(names):
-    names = [repr(name) for name in names]
-    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
-    return ", ".join(names[: 3 if more else 4]) + more
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -82,6 +82,10 @@ def check_common(cls, clip, fixture, arrays, objects):
     batch = Batch(
         images=images, labels=labels, generator=torch.Generator().manual_seed(0)
     )
+    if "batch_pairs" in fixture:  # what learns from texts has these, not images
+        pairs = [fixture["all_pairs"][i] for i in fixture["batch_pairs"]]
+        batch.texts = [pair["target"] for pair in pairs]
+        batch.labels = torch.tensor([pair["label"] for pair in pairs])
 
     compared = [close(method.logits(batch), arrays, "logits")]
     with torch.no_grad():
