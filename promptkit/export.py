@@ -56,8 +56,11 @@ class Deployed(nn.Module):
             raise InputError(f"only a method can be exported, not {method!r}")
         method = copy.deepcopy(method).eval().requires_grad_(False)
         adapts = any(type(part).forward is not Method.forward for part in method.nest())
-        if method.conditional or adapts:
-            why = "it adapts to each image" if adapts else "each image has its own"
+        several = "views" in (method.reads_at_test or method.reads).split("+")
+        if method.conditional or adapts or several:
+            why = "each image has its own" if method.conditional else ""
+            why = "it adapts to each image" if adapts else why
+            why = why or "it reads random views of each image"
             raise InputError(
                 f"{method.spec} cannot be exported: the class features must be fixed"
                 f" once the classes are known, and {why}"
@@ -67,7 +70,11 @@ class Deployed(nn.Module):
             sets = isinstance(text, list | tuple)
             text = [part.detach().clone() for part in (text if sets else [text])]
             # What it makes when first asked, it has now.
-            method.score(text[0][:1], text if sets else text[0])
+            size, device = method.clip.image_size, method.clip.device
+            image = method.encode(
+                Batch(images=torch.zeros(1, 3, size, size).to(device))
+            )
+            method.score(image, text if sets else text[0])
         self.classnames = list(method.classnames)
         self.method = method
         # A method holds its CLIP outside of the module tree; these are what images meet

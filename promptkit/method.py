@@ -674,12 +674,15 @@ class Method(nn.Module, metaclass=MethodType):
             "clip": self.clip.describe(),
         }
         objects = {}
-        for name in self.objects():
-            thing = getattr(self, name, None)
-            if name != "host" and isinstance(thing, Method | FrozenCLIP):
+        named = [(part, name) for part in self.nest() for name in part.objects()]
+        for part, name in named:
+            thing = getattr(part, name, None)
+            if name == "host" or name in objects:
+                continue
+            if isinstance(thing, Method | FrozenCLIP):
                 objects[name] = thing.describe()
-            elif name != "host" and isinstance(thing, list | tuple):
-                objects[name] = [part.describe() for part in thing]
+            elif isinstance(thing, list | tuple):
+                objects[name] = [each.describe() for each in thing]
         return about | ({"objects": objects} if objects else {})
 
     def nest(self) -> list["Method"]:

@@ -51,7 +51,8 @@ class Recipe:
             in the mini and smoke profiles.
         crop: smallest and largest share of the area that such a crop takes.
         objects: what the method stands on beside its backbone, by name: a teacher as
-            "METHOD@MODEL", such as "promptsrc@mini-teacher", a backbone as "@MODEL".
+            "METHOD@MODEL", such as "promptsrc@mini-teacher", a backbone as "@MODEL"; or
+            ``{"method": "METHOD@MODEL", ...}`` with what its own recipe is changed by.
         stages: recipes of the stages that follow this one, in order (CasPL, LoGoPrompt,
             UPL's ensemble): each with its own data, optimizer and schedule. See
             ``Method.prepare``.

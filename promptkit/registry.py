@@ -62,11 +62,15 @@ def specs() -> list[str]:
     """
     out = []
     for name, cls in methods().items():
-        if set(cls.needs()) - {"host"}:
-            continue
         out += [name] if not cls.plugin or cls.default_host else []
         out += [f"{name}({host})" for host in cls.hosts] if cls.plugin else []
-    return out
+    known = methods()
+    return [
+        spec
+        for spec in out
+        if set(re.findall(r"\w+", spec)) <= set(known)
+        and not any(name in cls.needs() for name, cls in objects(spec).items())
+    ]
 
 
 def parse(spec: str) -> tuple[str, str | None]:
@@ -110,6 +114,14 @@ def nesting(spec: str) -> list[type[Method]]:
     return [cls, cls.default_host[0]] if cls.default_host else [cls]
 
 
+def objects(spec: str) -> dict[str, type[Method]]:
+    """What a method, or plug-ins around one, may stand on beside its backbone and its
+    hosts (a teacher, further backbones): names, and the outermost part that takes each.
+    """
+    found = {name: cls for cls in nesting(spec)[::-1] for name in cls.objects()}
+    return {name: cls for name, cls in found.items() if name != "host"}
+
+
 def supervision(spec: str) -> set[str]:
     """What teaches a method, its host included: "shots", "pool", "texts"; empty for one
     that learns nothing.
@@ -147,8 +159,9 @@ def build(
         classnames: the C class names.
         seed: of the random initial values: those of the host, then the plug-in's, from
             one stream. Torch's global generators are left as they were.
-        hparams: hyperparameters of the method, and its objects (a teacher);
-            ``host={...}`` holds those of a plug-in's host.
+        hparams: hyperparameters of the method, and its objects (a teacher), which may
+            also be those of a plug-in's host; ``host={...}`` holds the hyperparameters
+            of the host.
 
     Raises:
         InputError: the name or a hyperparameter is unknown or does not fit, or the
@@ -168,10 +181,14 @@ def build(
 
 def _build(spec, clip, classnames, hparams):
     name, host = parse(spec)
+    cls = methods()[name]
     if host is not None:
-        inner = hparams.get("host", {})
-        hparams = hparams | {"host": _build(host, clip, classnames, inner)}
-    return methods()[name](clip, classnames, **hparams)
+        theirs = set(objects(host)) - set(cls.objects())
+        passed = {key: hparams[key] for key in hparams if key in theirs}
+        own = {key: hparams[key] for key in hparams if key not in theirs}
+        inner = hparams.get("host", {}) | passed
+        hparams = own | {"host": _build(host, clip, classnames, inner)}
+    return cls(clip, classnames, **hparams)
 
 
 def from_official(
@@ -187,24 +204,26 @@ def from_official(
         spec: as :func:`build` takes it; the hyperparameters of a nesting stand in one
             dict, and each part takes those that it knows.
         hyperparameters: official names and values, such as ``{"N_CTX": 16}``.
-        objects: a teacher.
+        objects: a teacher, for the part that takes one.
 
     Raises:
-        InputError: no part knows one of the names.
+        InputError: no part knows one of the names, or takes one of the objects.
     """
     parts = nesting(spec) if parse(spec)[1] else [methods()[parse(spec)[0]]]
     known = {name for cls in parts for name in cls.official_hyperparameters}
     for name in hyperparameters:
         if name not in known:
             raise unknown(f"official hyperparameter of {spec}", name, known)
+    for name in objects:
+        if not any(name in cls.objects() for cls in parts):
+            raise InputError(f"{spec} takes no {name}: leave it out")
     method = None
     for cls in reversed(parts):
         own = cls.official_hyperparameters
         mine = {key: value for key, value in hyperparameters.items() if key in own}
         host = {} if method is None else {"host": method}
-        method = cls.from_official(
-            clip, classnames, mine, **host, **(objects if cls is parts[0] else {})
-        )
+        taken = {key: objects[key] for key in objects if key in cls.objects()}
+        method = cls.from_official(clip, classnames, mine, **host, **taken)
     return method
 
 
@@ -273,9 +292,9 @@ def _restore(path, about, clip, device):
     for name, thing in about.get("objects", {}).items():
         many = thing if isinstance(thing, list) else [thing]
         made = [
-            _restore(path, part, _backbone(part["clip"], device), device)
+            _restore(path, part, _other(part["clip"], clip, device), device)
             if "method" in part
-            else _backbone(part, device)
+            else _other(part, clip, device)
             for part in many
         ]
         objects[name] = made if isinstance(thing, list) else made[0]
@@ -285,6 +304,12 @@ def _restore(path, about, clip, device):
         part.taken.update({k: v for k, v in taken.items() if k in part.taken})
     method.set_classes(about["trained_on"])
     return method
+
+
+def _other(about, clip, device):
+    """Another CLIP from what it said of itself; the same one where it is the same."""
+    same = about["fingerprint"] == clip.fingerprint
+    return clip if same else _backbone(about, device)
 
 
 def _backbone(about, device, asked=None):

@@ -344,7 +344,7 @@ def _resolve(run, source):
             raise InputError(f"the linear probe has nothing to set, so not {named}")
         return run, Recipe(epochs=0)
     cls = nesting(run.method)[0]
-    named = set(cls.objects()) - {"host"}
+    named = registry.objects(run.method)
     fields = {k: v for k, v in run.overrides.items() if k in RECIPE_FIELDS}
     objects = {k: v for k, v in run.overrides.items() if k in named}
     hparams = {
@@ -378,16 +378,19 @@ def _objects(run, recipe, clip):
     Each is written "METHOD@MODEL" or "@MODEL", MODEL with "/WEIGHTS" where it needs
     them; several backbones in a list, or with commas between them.
     """
-    cls = nesting(run.method)[0]
-    known = set(cls.objects()) - {"host"}
+    known = registry.objects(run.method)
     out = {}
     for name, text in recipe.objects.items():
         if name not in known:
             raise unknown(f"object of {run.method}", name, known)
-        if hyperparameters.fits([], cls.objects()[name][0]):
+        if hyperparameters.fits([], known[name].objects()[name][0]):
             several = text.split(",") if isinstance(text, str) else text
             out[name] = [_another(run, name, each) for each in several]
             continue
+        options = {}
+        if isinstance(text, dict):
+            options = {key: text[key] for key in text if key != "method"}
+            text = text["method"]
         if not isinstance(text, str):
             out[name] = text
             continue
@@ -406,9 +409,11 @@ def _objects(run, recipe, clip):
         asked = Run(
             run.protocol, spec, run.dataset, run.targets, run.shots, 1, other,
             profile=run.profile, max_steps=run.max_steps, root=run.root,
+            overrides=options, classnames=run.classnames,
+            descriptions=run.descriptions, labels=run.labels,
         )  # fmt: skip
         out[name] = plan(asked)
-    missing = set(cls.needs()) - {"host"} - set(out)
+    missing = {name for name in known if name in known[name].needs()} - set(out)
     if missing:
         name = min(missing)
         raise InputError(

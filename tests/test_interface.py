@@ -354,6 +354,57 @@ def test_a_run_trains_its_teacher_once_and_names_it(tiny_clip, dataset, monkeypa
         plan(replace(run, overrides={"teacher": "coop"}))
 
 
+class Over(Plugin):
+    """Nothing of its own, over a host that has a teacher."""
+
+    name, hosts = "over", ("student",)
+
+    def score(self, image, text):
+        return 2 * super().score(image, text)
+
+
+def test_a_teacher_of_a_host_is_given_to_the_whole(
+    tiny_clip, dataset, tmp_path, monkeypatch
+):
+    register(Student)
+    register(Over)
+    other = tiny_clip_of_other_width()
+    for model, teacher in (("same", tiny_clip), ("another", other)):
+        teacher = build("coop", teacher, NAMES, n_ctx=2, init="")
+        asked = {"teacher": teacher, "host": {"weight": 2.0}}
+        method = build("over(student)", tiny_clip, NAMES, **asked)
+        assert method.host.teacher is teacher and method.host.weight == 2.0
+        path = method.save(tmp_path / f"{model}.safetensors")
+        monkeypatch.setattr("promptkit.registry.load_clip", lambda name, *a, **k: other)
+        loaded = load_method(path, tiny_clip)
+        images = tiny_clip.normalize(dataset.test.images().float() / 255)
+        assert torch.equal(loaded.logits(images), method.logits(images))
+        assert loaded.host.teacher.clip is teacher.clip
+    assert not {"student", "over(student)"} & set(specs())
+    with pytest.raises(InputError, match="student needs teacher="):
+        build("over(student)", tiny_clip, NAMES)
+
+
+def test_a_run_gives_a_host_its_teacher_with_a_recipe_of_its_own(
+    tiny_clip, dataset, monkeypatch
+):
+    register(Student)
+    register(Over)
+    monkeypatch.setattr("promptkit.runs._clip", lambda *a: tiny_clip_of_other_width())
+    asked = {"teacher": {"method": "coop@another", "lr": 0.07, "n_ctx": 3}}
+    run = Run(
+        "few-shot", "over(student)", dataset, shots=2, clip=tiny_clip, overrides=asked
+    )
+    planned = plan(run)
+    teacher = planned.objects["teacher"]
+    assert teacher.recipe.lr == 0.07 and teacher.config["overrides"]["n_ctx"] == 3
+    method = planned.build(planned.training_set())
+    assert method.host.teacher.context.vectors.shape[0] == 3
+    for key in ("teacher", "weight"):  # a hyperparameter of the host is not the whole's
+        with pytest.raises(InputError, match="unknown|METHOD@MODEL"):
+            plan(replace(run, overrides=asked | {key: "coop"})).build(dataset)
+
+
 def tiny_clip_of_other_width():
     import open_clip
 

@@ -196,16 +196,7 @@ class TPT(Plugin):
     def forward(self, batch):
         if self.training:
             return self.host(batch)
-        views = batch.views
-        if views is None:  # images came without their pixels
-            pixels = (
-                (self.clip.denormalize(batch.images.cpu()).clamp(0, 1) * 255)
-                .round()
-                .byte()
-            )
-            views = torch.cat(
-                [self.views(x[None], torch.Generator().manual_seed(0)) for x in pixels]
-            )
+        views = views_of(self, batch)
         features = self.clip.encode_image(
             views.flatten(0, 1).to(self.clip.device)
         )  # (B * V, E)
@@ -361,6 +352,25 @@ def entropy_of(log_p: Tensor) -> Tensor:
 
 
 # --- views ----------------------------------------------------------------------------
+
+
+def views_of(method: Method, batch) -> Tensor:
+    """The views (B, V, 3, S, S) of a batch; where images came without their pixels,
+    views are made of these, each image's as if it were alone.
+    """
+    if batch.views is not None:
+        return batch.views
+    if batch.images is None:
+        raise InputError(
+            f"{method.spec} reads views of images, and the batch holds none"
+        )
+    pixels = method.clip.denormalize(batch.images.cpu()).clamp(0, 1) * 255
+    return torch.cat(
+        [
+            method.views(x[None], torch.Generator().manual_seed(0))
+            for x in pixels.round().byte()
+        ]
+    )
 
 
 def image_views(

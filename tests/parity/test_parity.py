@@ -91,11 +91,11 @@ def check_common(cls, clip, fixture, arrays, objects):
     with torch.no_grad():
         image = method.eval().adapt(method.image_features(images))
         if "image_features" in arrays:
-            assert_features(image, arrays["image_features"])
+            assert_features(arrays["image_features"], image, method.adapt(image))
         if "text_features" in arrays:
             assert_features(
-                method.text_features(image if method.conditional else None),
                 arrays["text_features"],
+                method.text_features(image if method.conditional else None),
             )
     if fixture.get("new_classnames") and "logits_new" in arrays:
         method.set_classes(fixture["new_classnames"])
@@ -190,6 +190,14 @@ def make(cls, clip, fixture, arrays, objects):
             else:
                 value = seeded(f"{fixture['name']}/{name}", p["shape"], p["std"])
                 official[name] = p.get("mean", 0.0) + value
+    for name, said in fixture.get("state", {}).items():
+        if name in names:  # what it remembers, described by the call that makes it
+            call = re.search(
+                r"seeded\([\"']([^\"']+)[\"'], \(([^)]+)\), ([\d.]+)\)", said
+            )
+            value = seeded(call[1], map(int, call[2].split(",")), float(call[3]))
+            unit = "normalize(" in said
+            official[name] = torch.nn.functional.normalize(value) if unit else value
     method.load_official(official)
     return method
 
@@ -216,12 +224,17 @@ def make_optimizer(method, described):
     return cls(method.param_groups(Recipe(lr=lr)), lr=lr, **options)
 
 
-def assert_features(ours, stored):
-    """Fixtures store features normalised or not, and sometimes their first columns
-    alone.
+def assert_features(stored, *ours):
+    """Fixtures store features normalised or not, before a trained head or behind it,
+    and sometimes their first columns alone.
     """
-    normalised = torch.nn.functional.normalize(ours, dim=-1)
-    versions = [features[..., : stored.shape[-1]] for features in (ours, normalised)]
+    normalised = [torch.nn.functional.normalize(each, dim=-1) for each in ours]
+    width = stored.shape[-1]
+    versions = [
+        features[..., :width]
+        for features in (*ours, *normalised)
+        if features.shape[-1] >= width
+    ]
     if not any(torch.allclose(features, stored, **CLOSE) for features in versions):
         torch.testing.assert_close(
             min(versions, key=lambda f: (f - stored).abs().max()), stored, **CLOSE

@@ -1,0 +1,367 @@
+"""PromptKD: a small prompted image tower learns a large one's predictions, without
+labels.
+
+PromptKD: Unsupervised Prompt Distillation for Vision-Language Models; Li et al., CVPR
+2024; arXiv 2403.02781.
+
+Deviations: everything is float32 by default, where the published runs are in half
+precision. The published code chooses the epoch, and the teacher, by the accuracy on
+test images; here the last epoch is the result, and one teacher of seed 1 serves all
+students. In the transfer protocols the paper trains one student for each target, on
+that target's images; here one student learns on the images of the source. As in that
+code, and not in the paper, the divergence is divided by B C and multiplied by 1000, or
+200.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promptkit.clip import FrozenCLIP
+from promptkit.data import transform
+from promptkit.errors import InputError, expect
+from promptkit.method import Batch, Method, register
+from promptkit.methods.ivlp import prompts
+from promptkit.methods.promptsrc import PromptSRC
+from promptkit.picture import Picture, Target, learned
+from promptkit.prompts import deep_prompts
+from promptkit.published import Published, transfer
+from promptkit.recipe import Recipe
+from promptkit.towers import Replace
+
+# Weights of the published scripts where they are not 1000.
+LIGHTER = {"fgvc_aircraft": 200.0, "oxford_flowers": 200.0, "dtd": 200.0}
+
+
+@register
+class PromptKD(Method):
+    r"""A student without a text tower: deep prompts in its image tower and a projector
+    P into the teacher's space, where the teacher's text features W are its classifier.
+
+    With the features f of the student and f' of the teacher,
+
+    .. math:: q = s\,\hat P(f)\,\hat W^\top, \qquad q' = s'\,\hat f'\,\hat W^\top,
+       \qquad L = \lambda\,\frac{T^2}{B C} \sum_{b,c} p'_{bc}
+       \log\frac{p'_{bc}}{p_{bc}}, \quad p = \mathrm{softmax}(q / T)
+
+    The teacher was taught on a few labelled images of some classes; the student sees
+    images of all classes, and no label. W follows the class names, and the teacher's
+    image tower is not run at test time.
+
+    Args:
+        clip: the frozen backbone of the student.
+        classnames: the C class names.
+        teacher: any method with one feature a class; the paper's is PromptSRC on a
+            larger CLIP.
+        weight: lambda.
+        temperature: T, of both softmaxes.
+        n_ctx_vision: tokens a block; None: 4.
+        depth_vision: blocks of the image tower with prompts; None: three quarters of
+            the text tower's, 9 of 12; 0: none, so that the projector alone learns.
+        layers: of the projector, with batch normalisation and ReLU between them.
+        distil: "predictions", or in their place the "l1" or "mse" distance of the
+            normalised image features, with the same weight (ablations).
+
+    Raises:
+        InputError: a hyperparameter does not fit, or the teacher's class features
+            depend on the image.
+    """
+
+    name = "promptkd"
+    title = "PromptKD"
+    year = 2024
+    paper = "2403.02781"
+    kind = "distillation"
+    reads = "images"
+    supervision = "pool"
+    picture = Picture(
+        text=("SOS", "teacher's $v$", "[class]", ".", "EOT"),
+        image=("CLS", "patches of the image", learned("$q_0$")),
+        blocks=("1", "2 … J", "J+1 … L"),
+        image_blocks={1: learned("$q_i$")},
+        image_out=learned("projector"),
+        text_tower="teacher's text tower",
+        image_tower="student's image tower",
+        targets=(Target("teacher's prediction", "divergence"),),
+        images="an image $x$ without a label",
+    )
+    official_hyperparameters = {
+        "n_ctx_vision": "n_ctx_vision",
+        "prompt_depth_vision": "depth_vision",
+        "kd_weight": "weight",
+        "temperature": "temperature",
+        "N_CTX_VISION": "n_ctx_vision",
+        "PROMPT_DEPTH_VISION": "depth_vision",
+        "KD_WEIGHT": "weight",
+        "TEMPERATURE": "temperature",
+        "teacher_n_ctx": None,  # these three make the teacher, see from_official
+        "teacher_depth": None,
+        "N_CTX_TEXT": None,
+        # of no effect: which classes are tested, and a text branch that is never run
+        **dict.fromkeys(
+            ("modal", "MODAL", "n_ctx_text", "prompt_depth_text", "PROMPT_DEPTH_TEXT",
+             "ctx_init", "CTX_INIT", "ce_weight", "CE_WEIGHT", "PREC")
+        ),
+    }  # fmt: skip
+    published = {
+        "base-to-new": Published(
+            ("ViT-B-16",),
+            (),
+            "PromptKD: its base-to-new scripts",
+            "20 epochs of 8 images, depth 9; lambda 200 on Flowers102, DTD and"
+            " FGVC-Aircraft. The teacher is PromptSRC on ViT-L/14 with 16 shots of the"
+            " base classes, at rate 0.005 in batches of 8.",
+        ),
+        "few-shot": Published(
+            ("ViT-B-16",),
+            (),
+            "PromptKD: its base-to-new scripts",
+            "The settings of base-to-new; the teacher learns on all classes.",
+            extrapolation=True,
+        ),
+    } | transfer(
+        Published(
+            ("ViT-B-16",),
+            (),
+            "PromptKD: its cross-dataset scripts",
+            "Depth 3, the teacher's 9. The paper trains one student for each target, on"
+            " the target's own images; here one learns on the source's.",
+            extrapolation=True,
+        )
+    )
+
+    def __init__(
+        self,
+        clip,
+        classnames,
+        *,
+        teacher: Method,
+        weight: float = 1000.0,
+        temperature: float = 1.0,
+        n_ctx_vision: int | None = None,
+        depth_vision: int | None = None,
+        layers: int = 2,
+        distil: Literal["predictions", "l1", "mse"] = "predictions",
+    ):
+        super().__init__(clip, classnames)
+        if teacher.conditional:
+            raise InputError(
+                f"{self.name} keeps one feature a class, and those of {teacher.spec}"
+                " depend on the image: take another teacher, such as promptsrc"
+            )
+        expect(weight >= 0, "weight", weight, "at least 0")
+        expect(temperature > 0, "temperature", temperature, "above 0")
+        expect(layers >= 1, "layers", layers, "at least 1")
+        depth = deep_prompts(clip, depth_vision)
+        idle = not depth and n_ctx_vision is not None
+        expect(
+            not idle, "n_ctx_vision", n_ctx_vision, "left out where depth_vision is 0"
+        )
+        n_ctx = 4 if n_ctx_vision is None else n_ctx_vision
+        expect(n_ctx >= 1, "n_ctx_vision", n_ctx, "at least 1")
+        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+        self.distil = distil
+        self.vision = prompts(depth, n_ctx, clip.vision_width)
+        self.project = projector(clip.embed_dim, teacher.clip.embed_dim, layers)
+        self._known = None  # what the teacher says of each training image
+        self._told = None  # and of the last batch
+
+    # --- the two towers ---------------------------------------------------------------
+
+    def text_features(self, image_features=None):
+        """W, (C, E'): the teacher's, which remembers them."""
+        with torch.no_grad():
+            return self.teacher.class_features()
+
+    def image_prompt(self):
+        return self.vision[0] if len(self.vision) else None
+
+    def image_edit(self):
+        if not len(self.vision):
+            return None
+        behind = self.clip.image_tower.length  # the class token and the patches
+        deep = list(self.vision)[1:]
+        return Replace({i: (behind, p) for i, p in enumerate(deep, start=1)})
+
+    def adapt(self, features):
+        """P, (B, E) -> (B, E')."""
+        if self.training and len(features) == 1:
+            raise InputError(
+                f"{self.spec} normalises over a batch, so it cannot train on one image:"
+                " give it two or more"
+            )
+        return self.project(features)
+
+    # --- the teacher ------------------------------------------------------------------
+
+    def prepare(self, dataset, recipe, generator, stage):
+        """Without augmentation the teacher looks at each image once."""
+        self._known = self._told = None
+        if not recipe.augment:
+            rows = torch.arange(len(dataset.train)).split(64)
+            seen = [
+                self._ask(transform(self.teacher.clip, dataset.train.images(part)))
+                for part in rows
+            ]
+            self._known = torch.cat(seen)
+        return dataset
+
+    def finish(self, dataset, recipe, generator):
+        self._known = self._told = None
+
+    def set_classes(self, classnames):
+        super().set_classes(classnames)
+        self._known = self._told = None
+
+    @torch.no_grad()
+    def _ask(self, images) -> Tensor:
+        """What the teacher says of its own images (B, 3, H, W): logits (B, C), or
+        normalised features (B, E') where these are distilled.
+        """
+        batch = Batch(images=images)
+        if self.distil == "predictions":
+            return self.teacher.logits(batch)
+        return F.normalize(self.teacher.encode(batch), dim=-1)
+
+    def target(self, batch) -> Tensor:
+        """What the teacher says of a batch, see `_ask`; of one batch it is asked once,
+        however often its terms of the loss need it.
+        """
+        if self._known is not None and batch.indices is not None:
+            return self._known[batch.indices]
+        if self._told is None or self._told[0] is not batch.images:
+            images = as_seen_by(self.teacher.clip, batch.images, self.clip)
+            self._told = batch.images, self._ask(images)
+        return self._told[1]
+
+    def criterion(self, batch, image, text, score=None):
+        target = self.target(batch)
+        if self.distil != "predictions":
+            distance = F.l1_loss if self.distil == "l1" else F.mse_loss
+            return self.weight * distance(F.normalize(image, dim=-1), target)
+        logits = (score or self.score)(image, text)
+        return self.weight * divergence(target, logits, self.temperature)
+
+    # --- the names of its own repository ----------------------------------------------
+
+    def official_names(self):
+        names = {
+            f"image_encoder.{f'transformer.resblocks.{n}.VPT_shallow' if n else 'VPT'}":
+            f"vision.{n}"
+            for n in range(len(self.vision))
+        }  # fmt: skip
+        names |= projector_names("VPT_image_trans", "project", self)
+        taught = self.teacher.official_names()
+        return names | {f"teacher.{key}": f"teacher.{taught[key]}" for key in taught}
+
+    def official_state(self, state):
+        """Its convolutions over one pixel are linear layers here; the teacher has a
+        checkpoint of its own.
+        """
+        state = flat(state)
+        own = self.state_dict()
+        return {
+            key: own[ours]
+            for key, ours in self.official_names().items()
+            if key.startswith("teacher.") or "running" in key
+        } | state
+
+    @classmethod
+    def from_official(
+        cls, clip, classnames, hyperparameters, *, teacher=None, **objects
+    ):
+        """As for any method; of a backbone as the teacher PromptSRC is made, with 4
+        tokens in 9 blocks of both towers, or in all that it has.
+        """
+        ours = cls.official_hparams(hyperparameters)
+        depth = hyperparameters.get("prompt_depth_vision")
+        depth = hyperparameters.get("PROMPT_DEPTH_VISION", depth)
+        if depth is not None:
+            ours["depth_vision"] = min(depth, len(clip.image_tower.blocks))
+        if isinstance(teacher, FrozenCLIP):
+            words = str(hyperparameters.get("teacher_depth") or 9).partition(",")[0]
+            towers = (teacher.text_tower, teacher.image_tower)
+            depth = min(int(words), *(len(tower.blocks) for tower in towers))
+            tokens = hyperparameters.get("teacher_n_ctx") or 4
+            n_ctx = hyperparameters.get("N_CTX_TEXT") or tokens
+            teacher = PromptSRC(
+                teacher, classnames, n_ctx=n_ctx, n_ctx_vision=tokens, depth=depth,
+                depth_vision=depth,
+            )  # fmt: skip
+        objects |= {} if teacher is None else {"teacher": teacher}
+        return cls(clip, classnames, **ours, **objects)
+
+    @classmethod
+    def recipe(cls, setting):
+        """The published scripts'; in the mini world its larger CLIP teaches."""
+        deep = {"depth": None, "depth_vision": None} if setting.transfer else {}
+        teacher = {"method": "promptsrc@mini-teacher"} | deep
+        if setting.profile == "full":
+            teacher = {"method": "promptsrc@ViT-L-14/openai"} | deep
+            teacher |= {"lr": 0.005, "batch_size": 8}
+        hparams = {"depth_vision": 3} if setting.transfer else {}
+        if setting.dataset in LIGHTER and not setting.transfer:
+            hparams["weight"] = LIGHTER[setting.dataset]
+        return Recipe(
+            hparams, epochs=20, batch_size=8, lr=0.005, objects={"teacher": teacher}
+        )
+
+
+def divergence(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(target / T) || softmax(logits / T)), (), as the mean over all of
+    (B, C).
+    """
+    target = (target / temperature).log_softmax(dim=-1)
+    logits = (logits / temperature).log_softmax(dim=-1)
+    total = F.kl_div(logits, target, reduction="sum", log_target=True)
+    return temperature**2 * total / logits.numel()
+
+
+def projector(before: int, after: int, layers: int = 2) -> nn.Sequential:
+    """Linear layers (..., before) -> (..., after) with batch normalisation and ReLU
+    between them.
+    """
+    parts = [nn.Linear(before, after)]
+    for _ in range(layers - 1):
+        parts += [nn.BatchNorm1d(after), nn.ReLU(), nn.Linear(after, after)]
+    return nn.Sequential(*parts)
+
+
+def projector_names(official: str, ours: str, method: nn.Module) -> dict[str, str]:
+    """The official names of a projector's parameters and statistics."""
+    names = [name for name in method.state_dict() if name.startswith(f"{ours}.")]
+    return {
+        f"{official}.conv1.{name.removeprefix(f'{ours}.')}": name
+        for name in names
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose convolutions over one pixel are linear layers, without the
+    number of batches that were seen.
+    """
+    return {
+        key: x.flatten(1) if x.dim() == 4 else x
+        for key, x in state.items()
+        if not key.endswith("num_batches_tracked")
+    }
+
+
+def as_seen_by(clip, images: Tensor, normalised_for) -> Tensor:
+    """Images (B, 3, H, W) that were made for one CLIP, for another one: its own
+    normalisation, and of larger ones the part that its patches cover, as in the
+    published code; others are resized.
+    """
+    if (clip.mean, clip.std) != (normalised_for.mean, normalised_for.std):
+        images = clip.normalize(normalised_for.denormalize(images))
+    size, patch = clip.image_size, clip.model.visual.conv1.kernel_size[0]
+    if images.shape[-1] == size:
+        return images
+    if images.shape[-1] // patch == size // patch:
+        return images[..., :size, :size]
+    return F.interpolate(
+        images, (size, size), mode="bicubic", antialias=True, align_corners=False
+    )

@@ -1,0 +1,348 @@
+"""Weak distribution detectors: the surer of two classifiers has more to say.
+
+Weak Distribution Detectors Lead to Stronger Generalizability of Vision-Language Prompt
+Tuning; Ding et al., AAAI 2024; arXiv 2404.00603.
+
+The published code has the hosts CoOp, ProGrad and KgCoOp, whose image features are
+CLIP's own. Over a host that changes these, or that scores by itself, logits are mixed
+in place of class features; that is an extension of this package.
+
+Deviations: everything is float32 by default, where the published runs are in half
+precision. As released, only the modes "msp" and "constant" of the published code run;
+the other two are its formulas. Its energy is scaled twice, so that all weights lie near
+1/2; "energy" is scaled once, "energy_twice" is as published.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from promptkit.errors import InputError, expect, unknown
+from promptkit.method import Method, register
+from promptkit.methods.coop import CoOp
+from promptkit.methods.kgcoop import KgCoOp
+from promptkit.methods.prograd import ProGrad
+from promptkit.picture import Head, Picture
+from promptkit.plugin import Plugin, _owner
+from promptkit.published import Published, dataset_of, everywhere
+from promptkit.train import reader
+
+PLAIN = "a photo of a {}."
+# CoOp's templates, which the published code shares; KgCoOp and ProGrad have their own.
+TEMPLATES = {
+    "oxford_pets": "a photo of a {}, a type of pet.",
+    "oxford_flowers": "a photo of a {}, a type of flower.",
+    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+    "dtd": "{} texture.",
+    "eurosat": "a centered satellite photo of {}.",
+    "food101": "a photo of {}, a type of food.",
+    "ucf101": "a photo of a person doing {}.",
+}
+MODES = {  # as the published configuration calls them
+    "SOFTmsp": "msp",
+    "SOFTenergy": "energy_twice",
+    "alpha": "entropy",
+    "weight": "constant",
+}
+
+
+@dataclass
+class Competition:
+    """What the two classifiers say of B images in C classes."""
+
+    zero_logits: Tensor  # (B, C), of the hand-written prompt
+    tuned_logits: Tensor  # (B, C), of the host
+    zero_score: Tensor  # (B,), higher: more sure
+    tuned_score: Tensor  # (B,)
+    weight: Tensor  # (B,), of the host
+
+
+@register
+class WeakDetectors(Plugin):
+    r"""At test time a trained host and zero-shot CLIP are mixed image by image, by how
+    sure either is.
+
+    With the class features w of the host and w' of a hand-written prompt, neither
+    normalised, and a detector D of their logits z and z',
+
+    .. math:: \sigma = \mathrm{sigmoid}\bigl(W (D(z) - D(z'))\bigr), \qquad
+       p(y = c \mid x) \propto \exp\bigl(s \cos(f(x), (1-\sigma)\,w'_c + \sigma\,w_c)
+       \bigr)
+
+    Nothing is learned beyond the host; training is the host's. Where the host changes
+    the image features, or scores by itself, the mixture is :math:`(1-\sigma) z' +
+    \sigma z`, with z' of CLIP's own image features.
+
+    Args:
+        clip: the frozen backbone.
+        classnames: the C class names.
+        host: the method to extend.
+        detector: D. "msp": the largest probability; "entropy": that of the prediction,
+            negative, in units of ln C; "energy": the log-sum of the exponentials, in
+            units of ln C + s; "energy_twice": that, divided by s again; "constant":
+            sigma is W for every image, 1 being the host and 0 CLIP.
+        sharpness: W; with "constant" sigma itself.
+        template: of the hand-written prompt, with "{}" for the class name. None: the
+            host's own, if it has one, or that of the dataset.
+
+    Raises:
+        InputError: a hyperparameter does not fit.
+    """
+
+    name = "weak_detectors"
+    title = "Weak detectors"
+    year = 2024
+    paper = "2404.00603"
+    kind = "test-time"
+    picture = Picture(
+        heads=(Head("cosine with “a photo of a”", ("image",)),),
+        fusion="at test time, image by image, the surer has more weight",
+        targets=(),
+    )
+    hosts = ("coop", "prograd", "kgcoop")
+    from_dataset = {"template": lambda dataset: template_of(dataset)}
+    official_hyperparameters = {
+        "mode": "detector",  # with the sharpness behind it, as in "SOFTmsp_64"
+        "template": "template",
+        "modes": None,  # several of them
+        "base": None,  # these five make the host, see from_official
+        "n_ctx": None,
+        "ctx_init": None,
+        "class_token_position": None,
+        "csc": None,
+        "dataset": None,  # stands for its template
+    }
+    published = everywhere(
+        Published(
+            ("ViT-B-16",),
+            (16,),
+            "VLPT-OOD: its scripts",
+            "The host's own training: CoOp and ProGrad 50 epochs with 16 vectors,"
+            " KgCoOp 100. The largest probability at W = 64.",
+        )
+    ) | {
+        "cross-dataset": Published(
+            ("ViT-B-16",),
+            (16,),
+            "VLPT-OOD: its scripts",
+            "The settings of domain generalization.",
+            extrapolation=True,
+        )
+    }
+
+    def __init__(
+        self,
+        clip,
+        classnames,
+        *,
+        host: Method,
+        detector: Literal[
+            "msp", "entropy", "energy", "energy_twice", "constant"
+        ] = "msp",
+        sharpness: float = 64.0,
+        template: str | None = None,
+    ):
+        super().__init__(clip, classnames, host=host)
+        fits = template is None or "{}" in template
+        expect(fits, "template", template, "a sentence with {} for the class name")
+        self.detector, self.sharpness = detector, sharpness
+        frozen = not any(_owner(host, hook) for hook in ("image_features", "adapt"))
+        frozen &= host.image_prompt() is None and host.image_edit() is None
+        # Whether class features can be mixed: one image feature is compared with both.
+        self.mixes_features = frozen and _owner(host, "score") is None
+        if not self.mixes_features:
+            known = self.reads_at_test or self.reads
+            more = "" if "features" in known.split("+") else "+features"
+            self.reads_at_test = known + more
+
+    # --- the zero-shot classifier -----------------------------------------------------
+
+    @property
+    def template(self) -> str | list[str]:
+        """The hand-written prompt, or several, as it stands."""
+        mine = self.hparams["template"] is None
+        theirs = next((p for p in self.host.nest() if "template" in p.hparams), None)
+        return theirs.option("template") if mine and theirs else self.option("template")
+
+    @cached_property
+    def zero_shot(self) -> Tensor:
+        """w', (C, E), not normalised; of several prompts the mean."""
+        several = [self.template] if isinstance(self.template, str) else self.template
+        texts = [t.replace("{}", name) for t in several for name in self.classnames]
+        features = self.clip.encode_text(texts)
+        return features.unflatten(0, (len(several), -1)).mean(dim=0)
+
+    # --- the mixture ------------------------------------------------------------------
+
+    def encode(self, batch):
+        """The host's image features, (B, E'); where logits are mixed at test time, with
+        CLIP's own behind them, (B, E' + E).
+        """
+        tuned = super().encode(batch)
+        if self.training or self.mixes_features:
+            return tuned
+        known = batch.features is not None
+        frozen = batch.features if known else self.clip.encode_image(batch.images)
+        return torch.cat([tuned, frozen], dim=-1)
+
+    def score(self, image, text):
+        """The host's logits in training; the mixture at test time, (B, C)."""
+        if self.training:
+            return super().score(image, text)
+        found = self.compete(image, text)
+        s = found.weight[:, None]  # (B, 1)
+        if not self.mixes_features:
+            return (1 - s) * found.zero_logits + s * found.tuned_logits
+        # cos(f, (1-s) w' + s w) without the mixed features themselves, (B, C, E)
+        w, u = text.float(), self.zero_shot.float()
+        image = F.normalize(image.float(), dim=-1)
+        products = (1 - s) * (image @ u.T) + s * _products(image, w)
+        squares = (
+            (1 - s) ** 2 * u.square().sum(-1)
+            + 2 * s * (1 - s) * (u * w).sum(-1)
+            + s**2 * w.square().sum(-1)
+        )
+        return self.clip.logit_scale * products / squares.clamp(min=1e-12).sqrt()
+
+    def compete(self, image, text) -> Competition:
+        """What both classifiers say of images, as `features` gives these and the
+        classes.
+        """
+        tuned = frozen = image
+        if not self.mixes_features:
+            tuned, frozen = image.tensor_split([-self.clip.embed_dim], dim=-1)
+            if not tuned.shape[-1]:
+                raise InputError(
+                    f"{self.spec} reads two kinds of image features, so it must be the"
+                    " outermost plug-in"
+                )
+        z, z_zero = (
+            super().score(tuned, text),
+            Method.score(self, frozen, self.zero_shot),
+        )
+        sure, sure_zero = self.detect(z), self.detect(z_zero)
+        if self.detector == "constant":
+            weight = torch.full_like(sure, self.sharpness)
+        else:
+            weight = torch.sigmoid(self.sharpness * (sure - sure_zero))
+        return Competition(z_zero, z, sure_zero, sure, weight)
+
+    def detect(self, logits: Tensor, detector: str | None = None) -> Tensor:
+        """D, (B,), of logits (B, C); "constant" has none and gives that of "msp"."""
+        detector = detector or self.detector
+        scale, classes = self.clip.logit_scale, max(logits.shape[-1], 2)
+        if detector == "entropy":
+            p = logits.softmax(dim=-1) + 1e-5
+            return (p * p.log()).sum(dim=-1) / math.log(classes)
+        if detector in ("energy", "energy_twice"):
+            energy = logits.logsumexp(dim=-1) / (math.log(logits.shape[-1]) + scale)
+            return energy / scale if detector == "energy_twice" else energy
+        return logits.softmax(dim=-1).amax(dim=-1)
+
+    # --- the names of its own repository ----------------------------------------------
+
+    @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; a mode holds its sharpness."""
+        ours = super(Plugin, cls).official_hparams(hyperparameters)
+        mode, _, sharpness = ours.pop("detector", "SOFTmsp_64").partition("_")
+        if mode not in MODES:
+            raise unknown("mode of the published detectors", mode, MODES)
+        ours |= {"detector": MODES[mode]}
+        ours |= {"sharpness": float(sharpness)} if sharpness else {}
+        template = ours.pop("template", None)
+        return ours | ({"template": template} if template else {})
+
+    @classmethod
+    def from_official(cls, clip, classnames, hyperparameters, *, host=None, **objects):
+        """As for any method; without a host, "base" names one of the three published
+        ones, which its options make.
+        """
+        given = {
+            name: value for name, value in hyperparameters.items() if value is not None
+        }
+        ours = cls.official_hparams(given)
+        if host is not None:
+            return cls(clip, classnames, host=host, **ours, **objects)
+        base = given.get("base", "CoOp").lower()
+        hosts = {"coop": CoOp, "prograd": ProGrad, "kgcoop": KgCoOp}
+        if base not in hosts:
+            raise unknown("base of the published detectors", base, hosts)
+        named = {
+            "n_ctx": "N_CTX",
+            "ctx_init": "CTX_INIT",
+            "class_token_position": "CLASS_TOKEN_POSITION",
+            "csc": "CSC",
+            "dataset": "dataset",
+        }
+        known = hosts[base].official_hyperparameters
+        theirs = {
+            official: given[name]
+            for name, official in named.items()
+            if name in given and official in known
+        }
+        if base == "kgcoop":  # four words, whatever its options say
+            theirs = {"CTX_INIT": True} | {
+                key: theirs[key] for key in theirs if key in ("dataset", "CSC")
+            }
+        if base == "coop" and given.get("dataset") and "template" not in ours:
+            known = TEMPLATES.get(dataset_of(given["dataset"]), PLAIN)
+            ours["template"] = known
+        made = hosts[base].from_official(clip, classnames, theirs)
+        return cls(clip, classnames, host=made, **ours, **objects)
+
+    @classmethod
+    def recipe(cls, setting):
+        """The host's training as the published runs have it."""
+        recipe = super().recipe(setting)
+        if setting.host.spec in ("coop", "prograd"):
+            hparams = recipe.hparams["host"] | {"n_ctx": 16}
+            hparams.pop("init", None)
+            return replace(recipe, hparams={"host": hparams}, epochs=50)
+        return recipe
+
+
+def template_of(dataset) -> str:
+    """What a class of a dataset is called by hand."""
+    return dataset.template if dataset else PLAIN
+
+
+def _products(image: Tensor, text: Tensor) -> Tensor:
+    """(B, C) of (B, E) and (C, E) or (B, C, E)."""
+    if text.dim() == 2:
+        return image @ text.T
+    return (text @ image[:, :, None]).squeeze(-1)
+
+
+# --- how well it detects --------------------------------------------------------------
+
+
+@torch.no_grad()
+def separations(method: WeakDetectors, base, new) -> dict[str, float]:
+    """For each detector the AUROC, in percent, of D(z) - D(z') telling the test images
+    of a dataset with trained classes from those of one with new ones, each among its
+    own names; 50 is chance.
+    """
+    known = ("msp", "entropy", "energy")
+    found = {name: [] for name in known}
+    for dataset in (base, new):
+        method.aim(dataset)
+        read = reader(method.eval(), dataset.test, torch.Generator().manual_seed(0))
+        for rows in torch.arange(len(dataset.test)).split(100):
+            batch = read(rows).to(method.clip.device)
+            result = method.compete(*method.features(batch))
+            for name in known:
+                sure = method.detect(result.tuned_logits, name)
+                zero = method.detect(result.zero_logits, name)
+                found[name].append(sure - zero)
+    labels = torch.cat([torch.ones(len(base.test)), torch.zeros(len(new.test))])
+    return {
+        name: 100.0 * roc_auc_score(labels, torch.cat(found[name]).cpu())
+        for name in known
+    }
