@@ -37,8 +37,10 @@ def test_towers_are_the_papers(tiny_clip, batch, start, shared):
     model, levels = tiny_clip.model, range(start, 3)
 
     def through(x, blocks, side, **mask):
-        for level, block in enumerate(blocks, start=1):
-            y = adapter(method, side, level, block.ln_1(x)) if level in levels else 0.0
+        first = 3 - len(blocks)  # the text tower has one block more, its first
+        for level, block in enumerate(blocks, start=first):
+            adapted = level > 0 and level in levels
+            y = adapter(method, side, level, block.ln_1(x)) if adapted else 0.0
             x = block(x, **mask) + y
         return x
 
@@ -77,11 +79,11 @@ def test_gradients_are_divided_by_the_scale_above_level_0(tiny_clip, batch):
             direction = grad / grad.norm()
             for sign in (1, -1):
                 with torch.no_grad():
-                    bias += sign * 1e-2 * direction
+                    bias += sign * 3e-3 * direction
                     losses.append(method.loss(batch).item())
-                    bias -= sign * 1e-2 * direction
-            slope = (losses[0] - losses[1]) / 2e-2
-            assert grad.norm().item() == pytest.approx(factor * slope, rel=0.03)
+                    bias -= sign * 3e-3 * direction
+            slope = (losses[0] - losses[1]) / 6e-3
+            assert grad.norm().item() == pytest.approx(factor * slope, rel=0.1)
 
 
 def test_almost_without_scale_it_is_clip_and_learns_all_the_same(tiny_clip, batch):
@@ -90,7 +92,7 @@ def test_almost_without_scale_it_is_clip_and_learns_all_the_same(tiny_clip, batc
     torch.testing.assert_close(method.logits(batch), plain.logits(batch))
     grads = {}
     for scale in (1e-3, 1e-4):  # the same adapters, close to CLIP both times
-        method = build("mma", tiny_clip, NAMES, scale=scale, seed=1).train()
+        method = build("mma", tiny_clip, NAMES, scale=scale, seed=1, start=1).train()
         method.backward(batch)
         grads[scale] = method.shared_adapter["1"].weight.grad
     torch.testing.assert_close(grads[1e-3], grads[1e-4], rtol=0.1, atol=1e-2)
@@ -102,8 +104,9 @@ def test_only_what_is_adapted_learns(tiny_clip):
     assert method.n_parameters == 2 * (2 * D * r + r + D) + r * r + r
     apart = build("mma", tiny_clip, NAMES, start=2, end=2, width=4, shared=False)
     assert apart.n_parameters == method.n_parameters + r * r + r
-    assert set(build("mma", tiny_clip, NAMES, start=-1).text_adapter) == {"2"}
-    assert set(build("mma", tiny_clip, NAMES).text_adapter) == {"1", "2"}
+    for share, levels in ((None, "2"), (0.1, "2"), (1.0, "12")):
+        upper = build("mma", tiny_clip, NAMES, share=share)
+        assert set(upper.text_adapter) == set(upper.image_adapter) == set(levels)
     for parameter in method.parameters():
         if parameter.dim() == 1:
             assert not parameter.any()
@@ -127,6 +130,8 @@ def test_it_trains_at_the_published_rate_and_exports(tiny_clip, batch):
     [
         ({"start": 3}, "start must be from 0 to 2 blocks, got 3"),
         ({"start": -4}, "start must be from 0 to 2 blocks, got -4"),
+        ({"start": 1, "share": 0.5}, "share must be left out beside start"),
+        ({"share": 0.0}, "share must be above 0"),
         ({"start": 2, "end": 1}, "end must be from start to 2 blocks"),
         ({"width": 0}, "width must be at least 1"),
         ({"scale": 0.0}, "scale must be above 0"),
@@ -160,4 +165,4 @@ def test_recipes():
     base = recipe("mma", Setting("base-to-new", "imagenet", 16, "full"))
     assert (base.batch_size, base.epochs, base.warmup_epochs) == (128, 5, 0)
     far = recipe("mma", Setting("cross-dataset", "imagenet", 16, "full"))
-    assert far.hparams == {"start": -4} and far.epochs == 1
+    assert far.hparams == {"share": 1 / 3} and far.epochs == 1

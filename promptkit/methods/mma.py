@@ -5,8 +5,9 @@ MMA: Multi-Modal Adapter for Vision-Language Models; Yang et al., CVPR 2024, pag
 
 Deviations: everything is float32 by default, where the published runs are in mixed
 precision. The transfer protocols, whose settings were not published, follow what the
-authors said of them. Where an adapter is as wide as its tower, the published code has
-another module; here it is the same bottleneck.
+authors said of them. Where the towers differ in depth, blocks are paired from the last
+ones on, and not from the first ones. Where an adapter is as wide as its tower, the
+published code has another module; here it is the same bottleneck.
 """
 
 import torch.nn.functional as F
@@ -34,14 +35,16 @@ class Adapter(Edit):
 
     Args:
         blocks: the tower's.
-        own: block -> {"down": Linear, "up": Linear}; block 0 is what enters the tower.
-        shared: block -> Linear; blocks are counted from 1.
+        own: level -> {"down": Linear, "up": Linear}. Level L is the L-th block of the
+            tower with fewer blocks, 0 what enters the tower.
+        shared: level -> Linear.
         scale: s.
+        deeper: how many blocks more than the other this tower has.
     """
 
-    def __init__(self, blocks, own, shared, scale: float):
+    def __init__(self, blocks, own, shared, scale: float, deeper: int):
         self.blocks, self.own, self.shared_layers = blocks, own, shared
-        self.scale = scale
+        self.scale, self.deeper = scale, deeper
 
     def branch_of(self, level: int, h):
         """y, of the shape of h, (..., D). Above level 0 every gradient is what it would
@@ -60,10 +63,10 @@ class Adapter(Edit):
         return x + self.branch_of(0, x) if "0" in self.own else x
 
     def after(self, layer, x_in, x_out, span):
-        if str(layer + 1) not in self.own:
+        level = layer + 1 - self.deeper
+        if level < 1 or str(level) not in self.own:
             return x_out
-        h = self.blocks[layer].module.ln_1(x_in)
-        return x_out + self.branch_of(layer + 1, h)
+        return x_out + self.branch_of(level, self.blocks[layer].module.ln_1(x_in))
 
 
 class ImageAdapter(Adapter):
@@ -88,10 +91,12 @@ class MMA(Method):
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        start, end: the first and the last block, counted from 1; negative numbers count
-            from the last one, -1. None: from a third of the blocks on, 5 to 12 of 12. 0
-            as start: also what enters the towers, the token embeddings and the output
-            of ln_pre, without a norm before and without larger gradients.
+        start, end: the first and the last block, counted from 1 in the tower with fewer
+            of them; in the other, the last ones are those beside them. None: the upper
+            ``share``, to the last one. 0 as start: also what enters the towers, the
+            token embeddings and the output of ln_pre, without a norm before and without
+            larger gradients.
+        share: of the blocks, from the top. None: two thirds, 5 to 12 of 12.
         width: of the bottleneck.
         scale: s.
         shared: False, the ablation: each tower has a middle layer of its own.
@@ -143,8 +148,8 @@ class MMA(Method):
             ("ViT-B-16",),
             (16,),
             "MMA: its authors on its transfer runs",
-            "The last four blocks and 1 epoch, as its authors say; batches of 128 are"
-            " ImageNet's of base-to-new. No configuration was released.",
+            "The last four of 12 blocks and 1 epoch, as its authors say; batches of 128"
+            " are ImageNet's of base-to-new. No configuration was released.",
             extrapolation=True,
         )
     )
@@ -156,6 +161,7 @@ class MMA(Method):
         *,
         start: int | None = None,
         end: int | None = None,
+        share: float | None = None,
         width: int = 32,
         scale: float = 0.001,
         shared: bool = True,
@@ -163,10 +169,11 @@ class MMA(Method):
     ):
         super().__init__(clip, classnames)
         blocks = min(len(clip.text_tower.blocks), len(clip.image_tower.blocks))
-        first = blocks // 3 + 1 if start is None else start
-        first = first + blocks + 1 if first < 0 else first
+        expect(share is None or start is None, "share", share, "left out beside start")
+        share = 2 / 3 if share is None else share
+        expect(0 < share <= 1, "share", share, "above 0 and at most 1")
+        first = blocks - max(round(share * blocks), 1) + 1 if start is None else start
         last = blocks if end is None else end
-        last = last + blocks + 1 if last < 0 else last
         expect(0 <= first <= blocks, "start", start, f"from 0 to {blocks} blocks")
         expect(first <= last <= blocks, "end", end, f"from start to {blocks} blocks")
         expect(width >= 1, "width", width, "at least 1")
@@ -198,13 +205,19 @@ class MMA(Method):
         )
 
     def text_edit(self):
-        blocks = self.clip.text_tower.blocks
-        return Adapter(blocks, self.text_adapter, self.shared_adapter, self.scale)
+        return self._edit(Adapter, "text", self.shared_adapter)
 
     def image_edit(self):
-        blocks = self.clip.image_tower.blocks
-        middle = self.image_middle or self.shared_adapter
-        return ImageAdapter(blocks, self.image_adapter, middle, self.scale)
+        return self._edit(
+            ImageAdapter, "image", self.image_middle or self.shared_adapter
+        )
+
+    def _edit(self, kind, side, middle):
+        text, image = self.clip.text_tower.blocks, self.clip.image_tower.blocks
+        blocks = text if side == "text" else image
+        deeper = len(blocks) - min(len(text), len(image))
+        own = getattr(self, f"{side}_adapter")
+        return kind(blocks, own, middle, self.scale, deeper)
 
     def official_names(self):
         towers = {
@@ -238,7 +251,7 @@ class MMA(Method):
         """
         options = {"lr": 0.0015, "warmup_epochs": 0}
         if setting.transfer:
-            return Recipe(hparams={"start": -4}, epochs=1, batch_size=128, **options)
+            return Recipe(hparams={"share": 1 / 3}, epochs=1, batch_size=128, **options)
         batch_size = 128 if setting.dataset == "imagenet" else 16
         return Recipe(epochs=5, batch_size=batch_size, **options)
 
