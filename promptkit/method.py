@@ -93,7 +93,11 @@ class MethodType(type):
             for name, take in cls.from_dataset.items()
             if method.hparams[name] is None
         }
+        if cls.needs_vit(method.hparams):
+            cls._check_vit(clip)
         method.__init__(clip, classnames, **arguments)
+        if "tokens" in f"{method.reads}+{method.reads_at_test}".split("+"):
+            cls._check_vit(clip)
         for name, thing in objects.items():
             if name != "host" and isinstance(thing, Method):
                 thing.requires_grad_(False).eval()
@@ -523,6 +527,27 @@ class Method(nn.Module, metaclass=MethodType):
         known = hyperparameters.arguments(cls, Method)
         objects = cls.objects()
         return {name: known[name] for name in known if name not in objects}
+
+    @classmethod
+    def needs_vit(cls, hparams: dict) -> bool:
+        """Whether it works inside the image tower, on tokens and blocks that CLIP's
+        ResNet has not; by default if it overrides a hook there, or reads local tokens.
+        """
+        passed = ("promptkit.method", "promptkit.plugin")  # what a plug-in passes on
+        for hook in ("image_prompt", "image_edit"):
+            owner = next(base for base in cls.__mro__ if hook in vars(base))
+            if owner.__module__ not in passed:
+                return True
+        return "tokens" in f"{cls.reads}+{cls.reads_at_test}".split("+")
+
+    @classmethod
+    def _check_vit(cls, clip):
+        if not clip.vit:
+            raise InputError(
+                f"{cls.name} works on the tokens inside a ViT, and the image tower of"
+                f" {clip.name!r} is a ResNet: take a CLIP with a ViT, such as ViT-B-16,"
+                " or a method that 'promptkit list' shows with any image tower"
+            )
 
     @classmethod
     def objects(cls) -> dict[str, tuple[Any, Any]]:

@@ -12,9 +12,7 @@ decided by the class names, not by a configuration. As in the published code, an
 in the paper's formula, the heads' logits are fused, not their probabilities.
 """
 
-from collections import Counter
 from dataclasses import replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from promptkit.errors import InputError, expect
+from promptkit.heads import TrainedRows
 from promptkit.method import Method, register
 from promptkit.picture import Head, Picture, learned
 from promptkit.plugin import Plugin
@@ -54,7 +53,7 @@ class Channels(nn.Module):
 
 
 @register
-class DePT(Plugin):
+class DePT(TrainedRows, Plugin):
     r"""A host plus a second head (CAT) on channel-wise transformed features, for the
     trained classes only.
 
@@ -138,40 +137,6 @@ class DePT(Plugin):
             if head == "linear"
             else None
         )
-
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        self.source_rows = None
-
-    def aim(self, dataset):
-        """Take over the dataset's classes; a shifted version of the trained dataset
-        knows which of the trained classes its own are.
-        """
-        super().aim(dataset)
-        rows = dataset.source_rows
-        names = dict(enumerate(self.trained_on))
-        if rows is not None and [names.get(row) for row in rows] == self.classnames:
-            self.source_rows = rows
-
-    @cached_property
-    def rows(self):
-        """For each class its row in the second head, (C,), or None if one of them was
-        not trained. Where two trained classes have one name and the dataset does not
-        say which is meant, the first row is the first one's.
-        """
-        rows = self.source_rows
-        if rows is None:
-            known = {}
-            for row, name in enumerate(self.trained_on):
-                known.setdefault(name, []).append(row)
-            seen, rows = Counter(), []
-            for name in self.classnames:
-                mine = known.get(name, [])
-                rows += mine[min(seen[name], len(mine) - 1) :][:1]
-                seen[name] += 1
-        if len(rows) < len(self.classnames):
-            return None
-        return torch.tensor(rows, device=self.clip.device)
 
     def cat(self, image, text):
         """Logits (B, C) of the second head over the image features (B, E), for trained
