@@ -176,7 +176,7 @@ def test_attributes_follow_the_dataset(tiny_clip, dataset):
 
 
 def test_the_regulariser_may_know_other_classes(tiny_clip, batch):
-    method = build("argue", tiny_clip, NAMES, names=[*NAMES, "sea_lion"])
+    method = build("argue", tiny_clip, NAMES, reg_names=[*NAMES, "sea_lion"])
     assert method.references.shape[1] == len(NAMES) + 1
     assert torch.isfinite(method.loss(batch))
 
@@ -189,7 +189,7 @@ def test_the_regulariser_may_know_other_classes(tiny_clip, batch):
         ({"attributes": {"pug": []}}, "attributes"),
         ({"negatives": {"pug": [""]}}, "negatives"),
         ({"templates": ["a photo"]}, "templates"),
-        ({"names": []}, "names"),
+        ({"reg_names": []}, "reg_names"),
         ({"n_ctx": 3}, "n_ctx"),
     ],
 )

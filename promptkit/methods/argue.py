@@ -5,11 +5,12 @@ ArGue: Attribute-Guided Prompt Tuning for Vision-Language Models; Tian et al., C
 
 Deviations: everything is float32 by default, where the published runs use mixed
 precision. The regulariser runs over the classes trained on alone, where the published
-code's sees the names of the new classes too (``names``). Attributes of classes trained
-on are chosen by their training images; those of other classes by their texts, where the
-published lists were chosen by training images of all classes. The published attributes
-and the last of the 35 templates are not part of this package: attributes are the
-descriptions of the dataset.
+code's sees the names of the new classes too (``reg_names``). Attributes of classes
+trained on are chosen by their training images; those of other classes by their texts,
+where the published lists were chosen by training images of all classes. The published
+attributes are a language model's and not part of this package, which takes the
+descriptions of the dataset; of the 35 templates, 30 are OpenAI's first ones and five
+name the kinds of things that the datasets hold, which need not be the published five.
 """
 
 import copy
@@ -115,7 +116,7 @@ class ArGue(Method):
         negatives: ``{class name: [text, ...]}``, equally many for each class, said as
             they are spelt (an underscore is a letter, as in the published code). None:
             "a background of" the class.
-        names: the class names of the first regulariser. None: those trained on.
+        reg_names: the class names of the first regulariser. None: those trained on.
         templates: of q. None: 35, or those of the mini world's tasks.
         n_ctx: the number of vectors. None: 4, or the number of words in ``init``.
         init: words that the vectors start from; empty: normal, std 0.02.
@@ -134,8 +135,7 @@ class ArGue(Method):
         text=("SOS", learned("$v_1$ … $v_M$"), "[class]", "which has …", ".", "EOT"),
         image_blocks={0: learned("layer norms")},
         text_out=learned("$+\\,w$"),
-        text_feature="mean class feature $w_c$",
-        text_reference=Target("names in\ntemplates", "cross-entropy"),
+        text_reference=Target("names in\ntemplates", "told apart"),
         prompts="several attributes for each class",
         several=("text",),
     )
@@ -196,7 +196,7 @@ class ArGue(Method):
         noise: float = 0.05,
         attributes: dict | None = None,
         negatives: dict | None = None,
-        names: list[str] | None = None,
+        reg_names: list[str] | None = None,
         templates: list[str] | None = None,
         n_ctx: int | None = None,
         init: str = "a photo of a",
@@ -209,7 +209,8 @@ class ArGue(Method):
         for name, given in (("attributes", attributes), ("negatives", negatives)):
             fits = all(_texts(texts) for texts in (given or {}).values())
             expect(fits, name, given, "a list of texts for each class name")
-        expect(names is None or names, "names", names, "one class name or more")
+        fits = reg_names is None or _texts(reg_names)
+        expect(fits, "reg_names", reg_names, "one class name or more")
         fits = templates is None or (templates and all("{}" in t for t in templates))
         expect(fits, "templates", templates, "one sentence or more, each with {}")
         self.reg_weight, self.neg_weight, self.noise = weights.values()
@@ -285,7 +286,7 @@ class ArGue(Method):
     @property
     def names(self) -> list[str]:
         """Of the classes that the first regulariser runs over."""
-        names = self.hparams["names"] or self.classnames
+        names = self.hparams["reg_names"] or self.classnames
         return [name.replace("_", " ") for name in names]
 
     @cached_property
@@ -395,8 +396,8 @@ class ArGue(Method):
                 ours[name] = dict(zip([*classnames, *new], texts, strict=False))
         if "n_ctx" in ours and len((ours.get("init") or "").split()) != ours["n_ctx"]:
             ours["init"] = ""
-        names = [*classnames, *new]
-        return cls(clip, classnames, **{"names": names} | ours, **objects)
+        ours["reg_names"] = [*classnames, *new]
+        return cls(clip, classnames, **ours, **objects)
 
     @classmethod
     def recipe(cls, setting):
