@@ -240,6 +240,25 @@ def test_a_search_scores_each_combination_as_coop_would(tiny_clip, batch):
     torch.testing.assert_close(search.logits(batch), logits, rtol=1e-4, atol=1e-3)
 
 
+def test_a_search_may_be_narrowed(tiny_clip):
+    bases = ["color", "shape", "size"]
+    search = AttributeSearch(tiny_clip, NAMES, bases=bases)
+    assert len(search.combinations) == 7 and search.combinations[3] == bases[:2]
+    assert len(AttributeSearch(tiny_clip, NAMES, bases=bases, most=1).contexts) == 3
+    only = [["shape"], ["color", "size"]]
+    assert (
+        AttributeSearch(tiny_clip, NAMES, bases=bases, only=only)
+        .text_features()
+        .shape[0]
+        == 2
+    )
+    for bad in ({"most": 4}, {"only": [["size", "color"]]}, {"only": []}):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            AttributeSearch(tiny_clip, NAMES, bases=bases, **bad)
+    with pytest.raises(InputError, match="different words"):
+        AttributeSearch(tiny_clip, NAMES, bases=["color", "color"])
+
+
 def test_a_step_moves_tokens_and_weights_in_turns(tiny_clip, batch):
     torch.manual_seed(0)
     search = AttributeSearch(tiny_clip, NAMES, bases=["color", "shape"], n_ctx=2)

@@ -59,7 +59,7 @@ def test_at_first_it_is_clip_with_a_summary(tiny_clip, batch):
     torch.testing.assert_close(method.logits(batch), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("head", ["pooled", "per class"])
+@pytest.mark.parametrize("head", ["pooled", "per_class"])
 def test_cues_are_attention_over_all_visual_tokens(tiny_clip, batch, head):
     """Against torch's own attention."""
     method = stirred(build("kapt", tiny_clip, NAMES, heads=4, head=head, **GIVEN))
@@ -85,7 +85,7 @@ def test_cues_are_attention_over_all_visual_tokens(tiny_clip, batch, head):
 def test_the_score_of_a_class_depends_on_the_others_where_cues_are_pooled(
     tiny_clip, batch
 ):
-    for head, depends in (("pooled", True), ("per class", False), ("none", False)):
+    for head, depends in (("pooled", True), ("per_class", False), ("none", False)):
         method = stirred(build("kapt", tiny_clip, NAMES, head=head, **GIVEN))
         before = method.logits(batch)[:, :2]
         method.set_classes(NAMES[:2])

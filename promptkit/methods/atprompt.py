@@ -373,6 +373,7 @@ class AttributeSearch(Method):
         n_ctx: tokens before the class name.
         n_att: tokens before each attribute; None: as many.
         most: of the words that a combination has; None: all of them.
+        only: these combinations alone, in place of all.
         one_token: as in :class:`ATPrompt`.
     """
 
@@ -385,6 +386,7 @@ class AttributeSearch(Method):
         n_ctx: int = 4,
         n_att: int | None = None,
         most: int | None = None,
+        only: list[list[str]] | None = None,
         one_token: bool = False,
     ):
         super().__init__(clip, classnames)
@@ -394,7 +396,10 @@ class AttributeSearch(Method):
         most = len(bases) if most is None else most
         expect(1 <= most <= len(bases), "most", most, f"from 1 to {len(bases)}")
         sizes = range(1, most + 1)
-        self.combinations = [list(c) for n in sizes for c in combinations(bases, n)]
+        every = [list(c) for n in sizes for c in combinations(bases, n)]
+        fits = only is None or (only and all(words in every for words in only))
+        expect(fits, "only", only, f"some of the combinations of {bases}")
+        self.combinations = every if only is None else only
         self.contexts = nn.ModuleList(
             AttributeContext(
                 clip,

@@ -120,7 +120,7 @@ class KAPT(Method):
         bottleneck: width of the network that makes them.
         heads: of the attention; must divide the width of the features.
         head: "pooled": one image feature with the mean cue of the classes, as above, so
-            that a score depends on which classes there are; "per class": each class has
+            that a score depends on which classes there are; "per_class": each class has
             its own; "none": the class token alone, the ablation.
         discrete, continuous: have S_c, and what e_c adds to P; False: the ablations.
         descriptions: ``{class name: [sentence, ...]}``. None: those of the dataset that
@@ -144,11 +144,8 @@ class KAPT(Method):
         text=("SOS", "summary", made("$V_c$"), "[class]", ".", "EOT"),
         text_reference=Target("description\nin frozen CLIP"),
         image_out=learned("adaptation head"),
-        bridges=(
-            Bridge(learned("prompter"), "text reference", "text tokens"),
-            Bridge("queries", "text feature", "image out"),
-        ),
-        note="a reconstruction; the head reads all visual tokens",
+        bridges=(Bridge(learned("prompter"), "text reference", "text tokens"),),
+        note="the head attends from the class features to all visual tokens",
     )
     from_dataset = {
         "descriptions": lambda dataset: dict(dataset.descriptions) if dataset else {}
@@ -161,6 +158,9 @@ class KAPT(Method):
         "logit_scale": "scale",
         "descriptions": "descriptions",
         "summaries": "summaries",
+        "new_classnames": None,  # further classes of the lists, see from_official
+        "new_descriptions": None,
+        "new_summaries": None,
     }
     published = {
         protocol: Published(
@@ -181,7 +181,7 @@ class KAPT(Method):
         n_ctx: int = 4,
         bottleneck: int = 32,
         heads: int = 8,
-        head: Literal["pooled", "per class", "none"] = "pooled",
+        head: Literal["pooled", "per_class", "none"] = "pooled",
         discrete: bool = True,
         continuous: bool = True,
         descriptions: dict | None = None,
@@ -290,11 +290,15 @@ class KAPT(Method):
 
     @classmethod
     def from_official(cls, clip, classnames, hyperparameters, **objects):
-        """As for any method; texts may be lists in the order of the classes."""
+        """As for any method; texts may be lists in the order of the classes, and of
+        ``new_classnames`` behind them.
+        """
         ours = cls.official_hparams(hyperparameters)
+        names = [*classnames, *(hyperparameters.get("new_classnames") or [])]
         for name in ("descriptions", "summaries"):
             if isinstance(ours.get(name), list):
-                ours[name] = dict(zip(classnames, ours[name], strict=True))
+                texts = [*ours[name], *(hyperparameters.get(f"new_{name}") or [])]
+                ours[name] = dict(zip(names, texts, strict=False))
         return cls(clip, classnames, **ours, **objects)
 
     @classmethod

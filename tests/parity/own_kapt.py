@@ -21,7 +21,7 @@ def also_kapt(method, fixture, arrays, batch):
         close(torch.tensor(lengths), arrays, "summary_lengths", rtol=0, atol=0)
         lengths = torch.tensor(method.context.template.lengths)
         close(lengths - 1, arrays, "eot", rtol=0, atol=0)
-        method.pooling = "per class"
+        method.pooling = "per_class"
         close(method.score(Z, text), arrays, "logits_per_class")
         loss = method.criterion(batch, Z, text)
         close(loss, arrays, "loss_per_class", atol=1e-6)
