@@ -114,7 +114,9 @@ def test_summaries_are_short_and_leave_the_name_out(tiny_clip):
     with pytest.warns(UserWarning, match="nothing is said of 'red square' and 3"):
         method = build("kapt", tiny_clip, NAMES, descriptions=long)
     assert 0 < len(tiny_clip.encode(method.summary[-1])) <= 20
-    assert torch.isfinite(method.e).all()  # its text is longer than the tower reads
+    assert torch.isfinite(
+        method.described
+    ).all()  # its text is longer than the tower reads
     given = {"pug": " ".join(["tail"] * 100)}
     method = build("kapt", tiny_clip, ["pug"], descriptions=SAID, summaries=given)
     assert method.context.template.lengths == [tiny_clip.context_length]

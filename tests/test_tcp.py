@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from promptkit.errors import InputError
+from promptkit.methods.tcp import TCP
 from promptkit.recipe import Setting
 from promptkit.registry import build, load_method, recipe
 from promptkit.testing import NAMES, batch_of, few_steps, toy_dataset
@@ -140,3 +141,27 @@ def test_recipes_differ_by_dataset_and_host():
 def test_bad_options(tiny_clip, spec, options, message):
     with pytest.raises(InputError, match=message):
         build(spec, tiny_clip, NAMES, **options)
+
+
+def test_official_templates_and_datasets(tiny_clip):
+    def of(**options):
+        method = TCP.from_official(tiny_clip, NAMES, options)
+        return method.option("template"), method.context.ending, method.context.length
+
+    pets = {"DATASET": "OxfordPets"}
+    assert of(**pets) == (
+        "a photo of a {}, a type of pet.",
+        "{}, a type of pet.",
+        4,
+    )
+    given = {"TEMPLATE": "X X X X {}.", "FROZEN_TEMPLATE": "a {}.", "N_CTX": 2}
+    assert of(**pets, **given) == ("a {}.", "X X {}.", 2)
+    person = {"TEMPLATE": "a photo of a person doing {}.", "CTX_INIT": True}
+    assert of(**person)[1:] == ("person doing {}.", 4)
+    for bad, message in (
+        ({"TEMPLATE": "X {}."}, "N_CTX must be at most the 1 words"),
+        ({"CSC": True}, "CSC"),
+        ({"KG_WEIGTH": 1.0}, "KG_WEIGHT"),
+    ):
+        with pytest.raises(InputError, match=message):
+            of(**bad)

@@ -60,6 +60,19 @@ ATTRIBUTES = {
     "dtd": "pattern color design",
     "eurosat": "habitat",
     "ucf101": "precision",
+    # Of the mini world's tasks: words that the descriptions of their base classes
+    # share, see pool_of.
+    "mini": "body fur",
+    "objects": "shape corners",
+    "pets": "fur tail",
+    "cars": "body wheels",
+    "flowers": "petals center",
+    "food": "base dots",
+    "planes": "wings engines",
+    "scenes": "trees sun",
+    "textures": "lines rows",
+    "sat": "ground roofs",
+    "actions": "arms legs",
 }
 DEFAULT = "color shape"  # ImageNet's, for all other data
 

@@ -100,16 +100,16 @@ class Head(nn.Module):
 class KAPT(Method):
     r"""Prompts with what is known of a class, and image features that look for it.
 
-    With the frozen, normalised feature e_c of the description of class c, its summary
+    With the frozen, normalised feature g_c of the description of class c, its summary
     S_c, and all visual tokens Z of an image, the class token first,
 
-    .. math:: V_c = P + W_2\,\mathrm{ReLU}(W_1 e_c + b_1) + b_2, \qquad
+    .. math:: V_c = P + W_2\,\mathrm{ReLU}(W_1 g_c + b_1) + b_2, \qquad
        t_c = [\mathrm{SOS}]\,[S_c]\,[V_c]\,[\mathrm{class}_c]\,[.]\,[\mathrm{EOT}],
 
-    .. math:: h_c = W_o\,\mathrm{Attention}(W_q \hat g_c, W_k Z, W_v Z), \qquad
-       z = s\,\cos\Bigl(Z_0 + \frac1C \sum_{c'} h_{c'},\ g_c\Bigr)
+    .. math:: h_c = W_o\,\mathrm{Attention}(W_q \hat w_c, W_k Z, W_v Z), \qquad
+       z = s\,\cos\Bigl(Z_0 + \frac1C \sum_{c'} h_{c'},\ w_c\Bigr)
 
-    with g_c the text feature of t_c. At first it is CLIP with summaries and a random
+    with w_c the text feature of t_c. At first it is CLIP with summaries and a random
     context: W_2, b_2 and W_o start at zero. A class without a description has no
     summary, and its bare name for a text.
 
@@ -122,7 +122,7 @@ class KAPT(Method):
         head: "pooled": one image feature with the mean cue of the classes, as above, so
             that a score depends on which classes there are; "per_class": each class has
             its own; "none": the class token alone, the ablation.
-        discrete, continuous: have S_c, and what e_c adds to P; False: the ablations.
+        discrete, continuous: have S_c, and what g_c adds to P; False: the ablations.
         descriptions: ``{class name: [sentence, ...]}``. None: those of the dataset that
             it is aimed at.
         summaries: ``{class name: words}``. None: the first 12 words of each description
@@ -244,9 +244,9 @@ class KAPT(Method):
         self.context.set_classes(self.classnames)
 
     @cached_property
-    def e(self):
-        """(C, E): the frozen, normalised features of the classes' texts, cut where they
-        are longer than the text tower reads.
+    def described(self):
+        """g, (C, E): the frozen, normalised features of the classes' texts, which are
+        cut where they are longer than the text tower reads.
         """
         prompt = Template(self.clip, self.classnames, [self.knowledge], truncate=True)()
         with torch.no_grad():
@@ -255,7 +255,7 @@ class KAPT(Method):
     def vectors(self, image_features=None):
         """V, (C, M, D), or P, (M, D), without a continuous part."""
         P = self.context.vectors
-        return P if self.prompter is None else P + self.prompter(self.e)
+        return P if self.prompter is None else P + self.prompter(self.described)
 
     # --- the image side ---------------------------------------------------------------
 
@@ -273,15 +273,15 @@ class KAPT(Method):
         (B, E), and class features (C, E).
         """
         Z = image.float() if image.dim() == 3 else image[:, None].float()
-        g = F.normalize(text.float(), dim=-1)
+        w = F.normalize(text.float(), dim=-1)
         z = Z[:, :1]  # (B, 1, E)
         if self.head is not None:
-            a = self.head.attention(Z, g)  # (B, C, H, 1 + N)
+            a = self.head.attention(Z, w)  # (B, C, H, 1 + N)
             if self.pooling == "pooled":
                 a = a.mean(dim=1, keepdim=True)
             z = z + self.head.gather(a, Z)  # (B, 1 or C, E)
         scale = self.clip.logit_scale if self.scale is None else self.scale
-        return scale * (F.normalize(z, dim=-1) * g).sum(dim=-1)
+        return scale * (F.normalize(z, dim=-1) * w).sum(dim=-1)
 
     def official_names(self):
         """There is no repository: the reconstruction's own."""

@@ -272,7 +272,7 @@ class TCP(Plugin):
         """
         given = {k: v for k, v in hyperparameters.items() if v is not None}
         expect(not given.get("CSC"), "CSC", True, "False: one context for all classes")
-        ours = super().official_hparams(given)
+        ours = super(Plugin, cls).official_hparams(given)
         if given.get("DATASET"):
             dataset = dataset_of(given["DATASET"])
             ours.setdefault("template", TEMPLATES.get(dataset, PLAIN))

@@ -12,7 +12,7 @@ def also_kapt(method, fixture, arrays, batch):
         g = F.normalize(text, dim=-1)
         attention = method.head.attention(Z, g)
         cues = method.head.gather(attention, Z)
-        close(method.e, arrays, "description_features", atol=1e-5)
+        close(method.described, arrays, "description_features", atol=1e-5)
         close(method.vectors()[0], arrays, "continuous_prompt_class0", atol=1e-5)
         mean = attention.mean(dim=2)
         close(mean, arrays, "attention_mean_over_heads", atol=1e-5)
