@@ -81,7 +81,8 @@ class MethodType(type):
         if alone:
             host, defaults = cls.default_host
             given = defaults | (arguments.get("host") or {})
-            arguments["host"] = host(clip, classnames, **given).requires_grad_(False)
+            made = host(clip, classnames, **given)
+            arguments["host"] = made.requires_grad_(cls.default_host_learns)
         arguments = cls.check(arguments)
         objects = {name: arguments[name] for name in cls.objects()}
         method = cls.__new__(cls)
@@ -162,6 +163,7 @@ class Method(nn.Module, metaclass=MethodType):
     seeded: ClassVar[bool] = True  # whether anything in it is random
     plugin: ClassVar[bool] = False  # whether it takes a host=
     default_host: ClassVar[tuple | None] = None
+    default_host_learns: ClassVar[bool] = False
     # Hyperparameters that follow the dataset where they are None: name -> what a
     # Dataset says, or None (no dataset yet). A method's texts are its own: the
     # function finds them by the dataset's name.

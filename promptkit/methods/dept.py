@@ -22,6 +22,7 @@ from torch import nn
 from promptkit.errors import InputError, expect
 from promptkit.heads import TrainedRows
 from promptkit.method import Method, register
+from promptkit.methods.atprompt import with_dept
 from promptkit.picture import Head, Picture, learned
 from promptkit.plugin import Plugin
 from promptkit.published import Published
@@ -211,15 +212,19 @@ class DePT(TrainedRows, Plugin):
     @classmethod
     def recipe(cls, setting):
         """The published code's for its hosts, the same for all protocols; another host
-        keeps its own.
+        keeps its own, and over ATPrompt some settings are that paper's.
         """
-        recipe, name = setting.host.recipe, setting.host.names[-1]
+        recipe, name, own = setting.host.recipe, setting.host.names[-1], {}
         published = {
             "coop": {"n_ctx": 16},
             "cocoop": {},
             "kgcoop": {"lam": 2.0},
             "maple": {"n_ctx": 2},
         }
+        if setting.host.names == ("atprompt", "coop"):
+            n_ctx, lam = with_dept(setting.dataset)
+            published["coop"] = {"n_ctx": n_ctx}
+            own = {"lam": lam, "lr_factor": 1.0}
         if name in published:
             batch_size, lr = (1, 0.002) if name == "cocoop" else (4, 0.0035)
             depth = len(setting.host.names) - 1
@@ -227,7 +232,7 @@ class DePT(TrainedRows, Plugin):
             recipe = replace(
                 recipe, hparams=hparams, epochs=10, batch_size=batch_size, lr=lr
             )
-        return replace(recipe, hparams={"host": recipe.hparams})
+        return replace(recipe, hparams=own | {"host": recipe.hparams})
 
 
 def _innermost(hparams, depth, own):
