@@ -1,5 +1,5 @@
-"""A frozen CLIP: any open_clip model with a ViT image tower and a causal text
-transformer.
+"""A frozen CLIP: any open_clip model whose image tower is a ViT or CLIP's ResNet and
+whose text tower is a causal transformer.
 
 Learning Transferable Visual Models From Natural Language Supervision (arXiv
 2103.00020).
@@ -17,11 +17,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import resize_pos_embed
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from promptkit.errors import InputError, unknown
-from promptkit.towers import Edit, ImageTower, Prompt, TextTower
+from promptkit.towers import Edit, ImageTower, Prompt, ResNetTower, TextTower
 from promptkit.weights import clip_state, read_checkpoint, recorded
 
 __all__ = ["FrozenCLIP", "check_classnames", "load_clip", "zero_shot_features"]
@@ -30,7 +31,8 @@ MINI = ("mini", "mini-teacher")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INTERPOLATIONS, RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "squash")
 _ADVICE = (
-    "use a CLIP with a ViT and a causal text transformer, such as ViT-B-16 or ViT-L-14"
+    "use a CLIP with a ViT, or CLIP's ResNet, and a causal text transformer, such as"
+    " ViT-B-16 or RN50"
 )
 
 
@@ -38,8 +40,9 @@ class FrozenCLIP(nn.Module):
     """CLIP's two towers with all weights frozen, always in evaluation mode.
 
     Matrix products run in the dtype of `precision`; layer norms, the residual stream
-    and all features are float32. A copy is the same object, and another process that is
-    sent one loads it again from its `source`.
+    and all features are float32; a ResNet runs in that dtype but for its features. A
+    copy is the same object, and another process that is sent one loads it again from
+    its `source`.
 
     Args:
         model (open_clip.CLIP): used as it is, not copied: its parameters are frozen
@@ -63,8 +66,10 @@ class FrozenCLIP(nn.Module):
         source (dict | None): the arguments of `load_clip` that load it again.
 
     Attributes:
+        vit (bool): whether the image tower is a ViT, with tokens and blocks that a
+            method may work on; otherwise it is CLIP's ResNet, and gives features alone.
         width (int): D, of the text tower.
-        vision_width (int): Dv, of the image tower.
+        vision_width (int): Dv, of the image tower; in a ResNet, its channels.
         embed_dim (int): E, of the features.
         context_length (int): the most tokens of a text, SOS and EOT included.
 
@@ -102,10 +107,15 @@ class FrozenCLIP(nn.Module):
                 f" {name!r}; pass its own"
             )
         self.width = model.ln_final.normalized_shape[0]
-        self.vision_width = model.visual.conv1.out_channels
-        self.embed_dim = model.visual.proj.shape[1]
+        visual = model.visual
+        self.vit = isinstance(visual, VisionTransformer)
+        if self.vit:
+            self.vision_width, self.embed_dim = visual.proj.shape
+        else:
+            self.vision_width = visual.attnpool.c_proj.in_features
+            self.embed_dim = visual.output_dim
         self.context_length = model.positional_embedding.shape[0]
-        self.image_size = image_size or model.visual.image_size[0]
+        self.image_size = image_size or self._size[0]
         own = getattr(model.visual, "preprocess_cfg", {})
         self.mean = tuple(mean or own.get("mean") or open_clip.OPENAI_DATASET_MEAN)
         self.std = tuple(std or own.get("std") or open_clip.OPENAI_DATASET_STD)
@@ -120,7 +130,11 @@ class FrozenCLIP(nn.Module):
         budget = budget or _memory(self.device)
         # Not modules: their parameters are the model's.
         self.text_tower = TextTower(model, budget)
-        self.image_tower = ImageTower(model, budget)
+        self.image_tower = (
+            ImageTower(model, budget)
+            if self.vit
+            else ResNetTower(model, budget, PRECISIONS[precision])
+        )
 
     def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .half() come to
         for dtype in (torch.float32, self.dtype):
@@ -161,6 +175,12 @@ class FrozenCLIP(nn.Module):
         return self.model.positional_embedding.device
 
     @property
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the images that the image tower reads."""
+        size = self.model.visual.image_size
+        return tuple(size) if isinstance(size, tuple | list) else (size, size)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
         return self.model.visual.conv1.weight.dtype
@@ -180,11 +200,10 @@ class FrozenCLIP(nn.Module):
         """Hex SHA-256 of everything that features depend on: weights, activation,
         heads, preprocessing.
         """
-        text, image = (
-            self.model.transformer.resblocks[0],
-            self.model.visual.transformer.resblocks[0],
-        )
-        shape = [(type(b.mlp.gelu).__name__, b.attn.num_heads) for b in (text, image)]
+        blocks = [self.model.transformer.resblocks[0]]
+        blocks += [self.model.visual.transformer.resblocks[0]] if self.vit else []
+        shape = [(type(b.mlp.gelu).__name__, b.attn.num_heads) for b in blocks]
+        shape += [] if self.vit else [("ReLU", self.model.visual.attnpool.num_heads)]
         facts = [shape, self.image_size, self.mean, self.std]
         resizing = (self.interpolation, self.resize_mode)
         if resizing != ("bicubic", "shortest"):
@@ -281,12 +300,8 @@ class FrozenCLIP(nn.Module):
         """Image features, (B, E), not normalised, of normalised images; see
         `ImageTower`.
         """
-        size = self.model.visual.image_size
-        if (
-            images.dim() != 4
-            or images.shape[1] != 3
-            or tuple(images.shape[2:]) != tuple(size)
-        ):
+        size = self._size
+        if images.dim() != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != size:
             raise InputError(
                 f"images must be (B, 3, {size[0]}, {size[1]}) for model {self.name!r},"
                 f" not {tuple(images.shape)}"
@@ -665,16 +680,19 @@ def _fill(model: open_clip.CLIP, state: dict[str, Tensor]) -> None:
     if "logit_scale" in state and state["logit_scale"].numel() == 1:
         state["logit_scale"] = state["logit_scale"].reshape(ours["logit_scale"].shape)
     positions = "visual.positional_embedding"
-    theirs, here = state.get(positions, ours[positions]), ours[positions]
-    before, after = theirs.numel() // here.shape[1] - 1, len(here) - 1
-    square = before > 0 and before == math.isqrt(before) ** 2
-    if before != after and square and theirs.shape == (before + 1, here.shape[1]):
-        resize_pos_embed(state, model)
-        warnings.warn(
-            f"the weights are of a model that reads {before} patches an image, and this"
-            f" one reads {after}: their positions were interpolated",
-            stacklevel=4,
-        )
+    if positions in ours:  # of a ViT
+        theirs, here = state.get(positions, ours[positions]), ours[positions]
+        before, after = theirs.numel() // here.shape[1] - 1, len(here) - 1
+        square = before > 0 and before == math.isqrt(before) ** 2
+        if before != after and square and theirs.shape == (before + 1, here.shape[1]):
+            resize_pos_embed(state, model)
+            warnings.warn(
+                f"the weights are of a model that reads {before} patches an image, and"
+                f" this one reads {after}: their positions were interpolated",
+                stacklevel=4,
+            )
+    counts = {k: v for k, v in ours.items() if k.endswith("num_batches_tracked")}
+    state = counts | state  # which nothing reads once a ResNet is trained
     strange = {
         "of other shapes": [
             f"{key} is {tuple(state[key].shape)} and not {tuple(value.shape)}"
@@ -728,17 +746,22 @@ def _check_architecture(model: nn.Module, name: str) -> None:
     if not isinstance(model, open_clip.CLIP):
         refuse(f"{type(model).__name__} has a text tower of another kind")
     visual = model.visual
-    if not isinstance(visual, VisionTransformer):
-        refuse(f"its image tower is a {type(visual).__name__}, not a ViT")
-    if visual.attn_pool is not None or visual.pool_type != "tok":
-        refuse("its image tower does not read the class token")
-    if visual.proj is None or model.text_projection is None:
+    if not isinstance(visual, VisionTransformer | ModifiedResNet):
+        refuse(f"its image tower is a {type(visual).__name__}")
+    blocks = list(model.transformer.resblocks)
+    if isinstance(visual, VisionTransformer):
+        if visual.attn_pool is not None or visual.pool_type != "tok":
+            refuse("its image tower does not read the class token")
+        if visual.proj is None:
+            refuse("a tower lacks its projection")
+        blocks += visual.transformer.resblocks
+    if model.text_projection is None:
         refuse("a tower lacks its projection")
     if model.attn_mask is None:
         refuse("its text tower is not causal")
     if model.text_pool_type != "argmax":
         refuse(f"its text tower reads {model.text_pool_type!r} rather than EOT")
-    for block in [*model.transformer.resblocks, *visual.transformer.resblocks]:
+    for block in blocks:
         if (
             type(block) is not ResidualAttentionBlock
             or block.attn.in_proj_weight is None
@@ -749,15 +772,20 @@ def _check_architecture(model: nn.Module, name: str) -> None:
 
 
 def _cast(model: open_clip.CLIP, dtype: torch.dtype) -> None:
-    """Cast what matrix products read. Layer norms, embeddings and positions stay
-    float32.
-    """
+    """Cast what matrix products read. Norms, embeddings and positions stay float32."""
     model.float()
-    for block in [*model.transformer.resblocks, *model.visual.transformer.resblocks]:
+    visual, blocks = model.visual, list(model.transformer.resblocks)
+    if isinstance(visual, VisionTransformer):
+        blocks += visual.transformer.resblocks
+        visual.conv1.to(dtype)
+        visual.proj.data = visual.proj.data.to(dtype)
+    else:
+        for part in visual.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.to(dtype)
+    for block in blocks:
         block.attn.to(dtype)
         block.mlp.to(dtype)
-    model.visual.conv1.to(dtype)
-    model.visual.proj.data = model.visual.proj.data.to(dtype)
     if isinstance(model.text_projection, nn.Linear):
         model.text_projection.to(dtype)
     else:

@@ -382,6 +382,9 @@ class _Drawing:
             if len(floating) > 1:
                 shift = 2 * floating.index(bridge) - 1
                 half, x, y = 34, x + 27 * shift, y - 24 * shift
+            taken = [self._level(b) for b in self.what.bridges if b not in floating]
+            while any(abs(y - level) < BOX for level in taken):
+                y += BOX / 4
         tall = max(BOX - 6, 10 + 15 * (label.count("\n") + 1))
         low, high = y - tall / 2, y + tall / 2
         self.box(bridge.part, x - half, low, x + half, high)

@@ -81,7 +81,8 @@ class MethodType(type):
         if alone:
             host, defaults = cls.default_host
             given = defaults | (arguments.get("host") or {})
-            arguments["host"] = host(clip, classnames, **given).requires_grad_(False)
+            made = host(clip, classnames, **given)
+            arguments["host"] = made.requires_grad_(cls.default_host_learns)
         arguments = cls.check(arguments)
         objects = {name: arguments[name] for name in cls.objects()}
         method = cls.__new__(cls)
@@ -93,7 +94,11 @@ class MethodType(type):
             for name, take in cls.from_dataset.items()
             if method.hparams[name] is None
         }
+        if cls.needs_vit(method.hparams):
+            cls._check_vit(clip)
         method.__init__(clip, classnames, **arguments)
+        if "tokens" in f"{method.reads}+{method.reads_at_test}".split("+"):
+            cls._check_vit(clip)
         for name, thing in objects.items():
             if name != "host" and isinstance(thing, Method):
                 thing.requires_grad_(False).eval()
@@ -158,6 +163,7 @@ class Method(nn.Module, metaclass=MethodType):
     seeded: ClassVar[bool] = True  # whether anything in it is random
     plugin: ClassVar[bool] = False  # whether it takes a host=
     default_host: ClassVar[tuple | None] = None
+    default_host_learns: ClassVar[bool] = False
     # Hyperparameters that follow the dataset where they are None: name -> what a
     # Dataset says, or None (no dataset yet). A method's texts are its own: the
     # function finds them by the dataset's name.
@@ -523,6 +529,27 @@ class Method(nn.Module, metaclass=MethodType):
         known = hyperparameters.arguments(cls, Method)
         objects = cls.objects()
         return {name: known[name] for name in known if name not in objects}
+
+    @classmethod
+    def needs_vit(cls, hparams: dict) -> bool:
+        """Whether it works inside the image tower, on tokens and blocks that CLIP's
+        ResNet has not; by default if it overrides a hook there, or reads local tokens.
+        """
+        passed = ("promptkit.method", "promptkit.plugin")  # what a plug-in passes on
+        for hook in ("image_prompt", "image_edit"):
+            owner = next(base for base in cls.__mro__ if hook in vars(base))
+            if owner.__module__ not in passed:
+                return True
+        return "tokens" in f"{cls.reads}+{cls.reads_at_test}".split("+")
+
+    @classmethod
+    def _check_vit(cls, clip):
+        if not clip.vit:
+            raise InputError(
+                f"{cls.name} works on the tokens inside a ViT, and the image tower of"
+                f" {clip.name!r} is a ResNet: take a CLIP with a ViT, such as ViT-B-16,"
+                " or a method that 'promptkit list' shows with any image tower"
+            )
 
     @classmethod
     def objects(cls) -> dict[str, tuple[Any, Any]]:

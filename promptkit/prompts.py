@@ -580,7 +580,8 @@ def deep_prompts(clip: FrozenCLIP, depth: int | None, least: int = 0) -> int:
     Raises:
         InputError: if a tower has fewer blocks.
     """
-    blocks = min(len(clip.text_tower.blocks), len(clip.image_tower.blocks))
+    towers = (clip.text_tower.blocks, clip.image_tower.blocks)
+    blocks = min(len(blocks) for blocks in towers if blocks)  # a ResNet has none
     if depth is None:
         return max(len(clip.text_tower.blocks) * 3 // 4, 1)
     if not least <= depth <= blocks:

@@ -140,7 +140,7 @@ def supervision(spec: str) -> set[str]:
     """
     name, host = parse(spec)
     own = set(_known()[name].supervision.split("+")) - {"none"}
-    return own | (supervision(host) if host else set())  # a default host does not learn
+    return own | (supervision(host) if host else set())  # own speaks for a default host
 
 
 def recipe(spec: str, setting: Setting) -> Recipe:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from promptkit.errors import InputError
 from promptkit.frozen import linear, mlp, packed_attention, prefix_attention
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ImageTower",
     "Prompt",
     "Replace",
+    "ResNetTower",
     "Span",
     "TextTower",
     "plain_text",
@@ -816,3 +818,55 @@ class ImageTower:
             *([x[:, 1:]] if tokens else []),
             *([weights] if attention else []),
         )
+
+
+class ResNetTower:
+    """The residual network of a frozen open_clip model, with its attention pooling: its
+    features, and nothing inside of it.
+
+    Args:
+        model (nn.Module): an `open_clip.CLIP` with a ModifiedResNet image tower.
+        budget (int): as in `TextTower`, for chunks of images.
+        dtype (torch.dtype): of the convolutions and matrix products.
+    """
+
+    blocks = ()  # of tokens there are none
+
+    def __init__(self, model: nn.Module, budget: int, dtype: torch.dtype):
+        self.visual, self.budget, self.dtype = model.visual, budget, dtype
+        self.length = len(
+            self.visual.attnpool.positional_embedding
+        )  # the mean and the cells of the last grid, which the pooling reads
+
+    def __call__(
+        self, images: Tensor, prompt=None, edit=None, tokens=False, attention=False
+    ):
+        """Features (B, E), not normalised, of normalised images (B, 3, H, W).
+
+        Raises:
+            InputError: for prompts, edits, local tokens or their attention.
+        """
+        if prompt is not None or edit is not None or tokens or attention:
+            raise InputError(
+                "the image tower is a ResNet: it has no blocks of tokens, and so takes"
+                " no prompts or edits and gives no local tokens; take a CLIP with a"
+                " ViT, such as ViT-B-16"
+            )
+        learns = torch.is_grad_enabled() and images.requires_grad
+        if _traced():
+            return self._images(images)
+        width, area = self.visual.conv3.out_channels, images.shape[2] * images.shape[3]
+        per_image = 4 * width * area * (8 if learns else 2)
+        room = self.budget
+        if not learns and images.device.type == "cpu":
+            room = min(room, 2**28)  # larger parts leave the cache
+        with torch.set_grad_enabled(learns):
+            parts = images.split(max(1, room // per_image))
+            outs = [self._images(part) for part in parts]
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    def _images(self, images):
+        if self.dtype == torch.float32:
+            return self.visual(images)
+        with torch.autocast(images.device.type, self.dtype):
+            return self.visual(images).float()

@@ -482,7 +482,11 @@ HOW = {  # how weights are asked for, and what is said
     "no such file": (MODEL, "--pretrained ./w.bin", "w.bin' does not exist"),
     "no such model": (("--model", "ViT-B-61"), "--pretrained w.pt", "ViT-B-61"),
     "no weights": (MODEL, "", "weights|pretrained"),
-    "a model of another kind": (("--model", "RN50"), "--pretrained w.pt", "RN50"),
+    "a model of another kind": (
+        ("--model", "convnext_base"),
+        "--pretrained w.pt",
+        "convnext_base",
+    ),
     "a tag for mini": (("--model", "mini"), "--pretrained openai", "mini"),
     "like for mini": (("--model", "mini-teacher"), "--like openai", "like"),
     "an empty tag": (MODEL, "--pretrained=", "weights|pretrained"),

@@ -119,9 +119,11 @@ def test_list():
     rows = json.loads(promptkit("list", "--json")[0])
     assert {row["name"] for row in rows} == set(methods())
     assert all(
-        {"name", "title", "year", "kind", "paper", "parameters"} <= set(row)
+        {"name", "title", "year", "kind", "tower", "paper", "parameters"} <= set(row)
         for row in rows
     )
+    towers = {row["name"]: row["tower"] for row in rows}
+    assert (towers["coop"], towers["dept"], towers["maple"]) == ("any", "any", "ViT")
     assert (
         next(row for row in rows if row["name"] == "coop")["parameters"]["n_ctx"]
         is None

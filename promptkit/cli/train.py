@@ -43,7 +43,7 @@ from promptkit.parameters import whole_numbers
 
 @app.command("list", epilog=examples("list", "list --json"))
 def list_methods(as_json: Json = False):
-    """List the methods: name, title, year, kind, paper, parameters."""
+    """List the methods: name, title, year, kind, image tower, paper, parameters."""
     from promptkit.registry import methods
 
     rows = [
@@ -53,7 +53,8 @@ def list_methods(as_json: Json = False):
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    heads = ["name", "title", "year", "kind", "arXiv", "parameters (default)"]
+    heads = ["name", "title", "year", "kind", "image tower", "arXiv"]
+    heads.append("parameters (default)")
     table = console.table(heads)
     for row in rows:
         parameters = ", ".join(
@@ -61,7 +62,7 @@ def list_methods(as_json: Json = False):
         )
         table.add_row(
             f"[bold]{row['name']}[/]",
-            *(str(row[key]) for key in ("title", "year", "kind", "paper")),
+            *(str(row[key]) for key in ("title", "year", "kind", "tower", "paper")),
             parameters,
         )
     console.out.print(table)
@@ -73,9 +74,10 @@ def _describe(cls):
         for key in ("name", "title", "year", "kind", "paper", "plugin")
     }
     return facts | {
+        "tower": "ViT" if cls.needs_vit({}) else "any",
         "parameters": {
             name: default for name, (_, default) in cls.hyperparameters().items()
-        }
+        },
     }
 
 

@@ -123,8 +123,8 @@ class Beside:
 class Filled(Template):
     """A template whose last learned segment is known."""
 
-    def __call__(self, *tokens):
-        return super().__call__(*tokens, self.boosting.text[0])
+    def __call__(self, *tokens, **options):
+        return super().__call__(*tokens, self.boosting.text[0], **options)
 
 
 @register

@@ -75,6 +75,7 @@ class CoCoOp(Method):
     official_hyperparameters = {
         "N_CTX": "n_ctx",
         "CTX_INIT": "init",
+        "n_ctx": "n_ctx",  # as other configurations write it
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {

@@ -56,6 +56,8 @@ class CoOp(Method):
         "CTX_INIT": "init",
         "CLASS_TOKEN_POSITION": "position",
         "CSC": "class_specific",
+        "n_ctx": "n_ctx",  # these two as other configurations write them
+        "class_token_position": "position",
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {

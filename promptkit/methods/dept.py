@@ -12,9 +12,7 @@ decided by the class names, not by a configuration. As in the published code, an
 in the paper's formula, the heads' logits are fused, not their probabilities.
 """
 
-from collections import Counter
 from dataclasses import replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -22,7 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from promptkit.errors import InputError, expect
+from promptkit.heads import TrainedRows
 from promptkit.method import Method, register
+from promptkit.methods.atprompt import with_dept
 from promptkit.picture import Head, Picture, learned
 from promptkit.plugin import Plugin
 from promptkit.published import Published
@@ -54,7 +54,7 @@ class Channels(nn.Module):
 
 
 @register
-class DePT(Plugin):
+class DePT(TrainedRows, Plugin):
     r"""A host plus a second head (CAT) on channel-wise transformed features, for the
     trained classes only.
 
@@ -139,40 +139,6 @@ class DePT(Plugin):
             else None
         )
 
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        self.source_rows = None
-
-    def aim(self, dataset):
-        """Take over the dataset's classes; a shifted version of the trained dataset
-        knows which of the trained classes its own are.
-        """
-        super().aim(dataset)
-        rows = dataset.source_rows
-        names = dict(enumerate(self.trained_on))
-        if rows is not None and [names.get(row) for row in rows] == self.classnames:
-            self.source_rows = rows
-
-    @cached_property
-    def rows(self):
-        """For each class its row in the second head, (C,), or None if one of them was
-        not trained. Where two trained classes have one name and the dataset does not
-        say which is meant, the first row is the first one's.
-        """
-        rows = self.source_rows
-        if rows is None:
-            known = {}
-            for row, name in enumerate(self.trained_on):
-                known.setdefault(name, []).append(row)
-            seen, rows = Counter(), []
-            for name in self.classnames:
-                mine = known.get(name, [])
-                rows += mine[min(seen[name], len(mine) - 1) :][:1]
-                seen[name] += 1
-        if len(rows) < len(self.classnames):
-            return None
-        return torch.tensor(rows, device=self.clip.device)
-
     def cat(self, image, text):
         """Logits (B, C) of the second head over the image features (B, E), for trained
         classes.
@@ -246,15 +212,19 @@ class DePT(Plugin):
     @classmethod
     def recipe(cls, setting):
         """The published code's for its hosts, the same for all protocols; another host
-        keeps its own.
+        keeps its own, and over ATPrompt some settings are that paper's.
         """
-        recipe, name = setting.host.recipe, setting.host.names[-1]
+        recipe, name, own = setting.host.recipe, setting.host.names[-1], {}
         published = {
             "coop": {"n_ctx": 16},
             "cocoop": {},
             "kgcoop": {"lam": 2.0},
             "maple": {"n_ctx": 2},
         }
+        if setting.host.names == ("atprompt", "coop"):
+            n_ctx, lam = with_dept(setting.dataset)
+            published["coop"] = {"n_ctx": n_ctx}
+            own = {"lam": lam, "lr_factor": 1.0}
         if name in published:
             batch_size, lr = (1, 0.002) if name == "cocoop" else (4, 0.0035)
             depth = len(setting.host.names) - 1
@@ -262,7 +232,7 @@ class DePT(Plugin):
             recipe = replace(
                 recipe, hparams=hparams, epochs=10, batch_size=batch_size, lr=lr
             )
-        return replace(recipe, hparams={"host": recipe.hparams})
+        return replace(recipe, hparams=own | {"host": recipe.hparams})
 
 
 def _innermost(hparams, depth, own):

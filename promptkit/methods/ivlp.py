@@ -128,6 +128,11 @@ class IVLP(Method):
         if not vision:  # the image tower's features are CLIP's own, and can be cached
             self.reads = self.reads_at_test = "features"
 
+    @classmethod
+    def needs_vit(cls, hparams):
+        """Unless its prompts are in the text tower alone."""
+        return hparams.get("depth_vision") != 0
+
     def text_edit(self):
         if self.context is None:
             return None

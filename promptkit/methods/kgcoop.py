@@ -77,6 +77,7 @@ class KgCoOp(CoOp):
     official_hyperparameters = {
         "W": "lam",
         "N_CTX": "n_ctx",
+        "n_ctx": "n_ctx",
         "CTX_INIT": "init",
         "CSC": "class_specific",
         "handcrafted_template": "template",
