@@ -8,6 +8,7 @@ import json
 import os
 import random
 import time
+import warnings
 from collections.abc import Iterable
 
 import pandas as pd
@@ -19,7 +20,7 @@ from promptkit.errors import InputError, unknown
 from promptkit.method import register
 from promptkit.protocols import request
 from promptkit.recipe import PROTOCOLS, TRANSFER
-from promptkit.registry import defined_elsewhere, specs
+from promptkit.registry import defined_elsewhere, specs, supervision
 from promptkit.results import config_hash, find_run, newest, results_dir, run_rows
 from promptkit.runs import Plan, execute, plan
 from promptkit.workers import (
@@ -99,7 +100,8 @@ def benchmark(
 
     Args:
         methods: names, or pairs of a name and a dict of overrides; default: all, see
-            :func:`promptkit.registry.specs`.
+            :func:`promptkit.registry.specs`, and those that learn from sentences where
+            every dataset has some.
         datasets: names; default: the eleven of the profile's world.
         profile: "full" is of the real datasets, the others of the mini world.
         options: as in :func:`sweep`.
@@ -107,11 +109,23 @@ def benchmark(
     Raises:
         InputError: a run is not possible as it is asked for.
     """
-    methods = specs() if methods is None else methods
     names = datasets or (data.DATASETS if profile == "full" else data.MINI_TASKS)
     names = list(names)
     where = {} if root is None else {"root": root}
-    sources = [name for name in names if data.load_dataset(name, **where).shifts]
+    where |= {k: v for k, v in options.items() if k == "descriptions"}
+    loaded = {name: data.load_dataset(name, **where) for name in names}
+    sources = [name for name in names if loaded[name].shifts]
+    if methods is None:
+        texts = {spec for spec in specs() if "texts" in supervision(spec)}
+        bare = [name for name in names if not loaded[name].descriptions]
+        methods = [spec for spec in specs() if not bare or spec not in texts]
+        if bare and texts:
+            warnings.warn(
+                f"{', '.join(sorted(texts))} learn from sentences about the classes,"
+                f" and {bare[0]} has none: they are left out (descriptions=FOLDER has"
+                " them)",
+                stacklevel=2,
+            )
     options |= {"profile": profile, "root": root}
     plans = []
     for protocol in protocols:

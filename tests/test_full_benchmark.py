@@ -12,8 +12,10 @@ from test_protocols import tiny
 
 from promptkit import data, runs
 from promptkit.data.benchmark import TABLE
+from promptkit.grids import benchmark
+from promptkit.methods import coprompt
 from promptkit.recipe import PROTOCOLS
-from promptkit.registry import specs
+from promptkit.registry import specs, supervision
 from promptkit.results import load_results
 
 
@@ -22,6 +24,8 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     tiny CLIP.
     """
     clip = tiny(layers=3)  # as deep as the transfer recipes put prompts
+    shallow = {key: (3, *rest) for key, (_, *rest) in coprompt.SETTINGS.items()}
+    monkeypatch.setattr(coprompt, "SETTINGS", shallow)  # of up to nine blocks
     monkeypatch.setattr(runs, "load_clip", lambda *args, **kwargs: clip)
     runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
@@ -41,15 +45,16 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
         "--seeds",
         1,
     ]
-    text, said = promptkit(*words)
+    text, _ = promptkit(*words)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = load_results()
     assert rows["value"].between(0, 100).all()
+    told = {spec for spec in specs() if "texts" not in supervision(spec)}
     for protocol, part in rows.groupby("protocol"):
         cells = part.groupby(["dataset", "target", "split"])["method"].agg(set)
-        assert (cells == set(specs())).all(), protocol
-        assert all(name in text for name in specs())
+        assert (cells == told).all(), protocol
+        assert all(name in text for name in told)
     assert set(rows["protocol"]) == set(PROTOCOLS)
     for protocol in ("few-shot", "base-to-new"):
         assert set(rows[rows["protocol"] == protocol]["dataset"]) == set(data.DATASETS)
@@ -61,6 +66,17 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     assert set(rows.query("protocol == 'cross-dataset'")["target"]) == set(
         data.DATASETS
     )
+    runs._clip.cache_clear()
+
+
+def test_what_learns_from_absent_sentences_is_left_out(real_root, monkeypatch):  # noqa: F811
+    clip = tiny(layers=3)
+    monkeypatch.setattr(runs, "load_clip", lambda *args, **kwargs: clip)
+    runs._clip.cache_clear()
+    asked = {"protocols": ["few-shot"], "seeds": [1], "profile": "full"}
+    with pytest.warns(UserWarning, match="aape, protext learn from sentences"):
+        plans = benchmark(datasets=["eurosat"], root=str(real_root), **asked)
+    assert not {"aape", "protext"} & {planned.config["method"] for planned in plans}
     runs._clip.cache_clear()
 
 

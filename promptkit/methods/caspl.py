@@ -481,6 +481,11 @@ class CasPL(Plugin):
         return super().from_official(clip, classnames, hyperparameters, **objects)
 
     @classmethod
+    def needs(cls):
+        """The first stage, with which a run begins, asks for the teacher."""
+        return [*super().needs(), "teacher"]
+
+    @classmethod
     def recipe(cls, setting):
         """The published code's: the first stage, then the host's own training."""
         teacher = "@ViT-L-14/openai" if setting.profile == "full" else "@mini-teacher"

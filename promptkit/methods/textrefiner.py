@@ -269,6 +269,11 @@ class TextRefiner(Plugin):
         return ours
 
     @classmethod
+    def needs_vit(cls, hparams):
+        """Its local tokens are those of a ViT, whatever its host reads."""
+        return True
+
+    @classmethod
     def recipe(cls, setting):
         """The published code's over CoOp; other hosts keep their own."""
         recipe = super().recipe(setting)
