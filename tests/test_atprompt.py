@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from promptkit.data import MINI_TASKS, base_new, load_dataset
 from promptkit.errors import InputError
 from promptkit.method import Batch
 from promptkit.methods.atprompt import AttributeSearch, pool_of, search_attributes
@@ -321,6 +322,16 @@ def test_a_pool_is_what_all_classes_have(dataset):
     assert pool_of(described, 4) == ["pointed", "petals", "center", "pink"]
     with pytest.raises(InputError, match="has no descriptions"):
         pool_of(dataset)
+
+
+@pytest.mark.parametrize("name", MINI_TASKS)
+def test_the_words_of_the_mini_world_are_of_base_classes(name):
+    """They are what a search among the words of their descriptions found; new classes
+    and test images have no part in it.
+    """
+    words = recipe("atprompt(coop)", Setting("base-to-new", name)).hparams["attributes"]
+    pool = pool_of(base_new(load_dataset(name))[0])
+    assert 1 <= len(words) <= 3 and words == [w for w in pool if w in words]
 
 
 def test_a_batch_of_a_search_needs_no_images(tiny_clip, batch):
