@@ -32,7 +32,7 @@ def test_promise(name, promise, tiny_clip, tmp_path):
 
 
 def test_controls_are_known_and_not_listed():
-    assert {"described", "distilled", "retold", "uncoupled"} <= set(CONTROLS)
+    assert {"described", "distilled", "misled", "retold", "uncoupled"} <= set(CONTROLS)
     assert not set(CONTROLS) & set(specs())
     for name in CONTROLS:
         for protocol in PROTOCOLS:
@@ -107,3 +107,11 @@ def test_what_is_retold_of_a_class(tiny_clip):
         (c, f"a photo of a {name.replace('_', ' ')}.") for c, name in enumerate(NAMES)
     ]
     assert pairs("templates") == named
+
+
+def test_misled_classes_have_the_sentences_of_the_next(tiny_clip):
+    said = {"red square": ["a."], "green_circle": ["b.", "c."], "blue star": ["d."]}
+    true, there = build("aape", tiny_clip, NAMES, descriptions=said).references
+    other, kept = build("misled", tiny_clip, NAMES, descriptions=said).references
+    torch.testing.assert_close(other, true[[1, 2, 0]])
+    assert kept.tolist() == there[[1, 2, 0]].tolist()
