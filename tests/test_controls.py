@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from promptkit.recipe import PROTOCOLS, Setting
 from promptkit.registry import _known, build, methods, recipe, specs
@@ -31,7 +32,7 @@ def test_promise(name, promise, tiny_clip, tmp_path):
 
 
 def test_controls_are_known_and_not_listed():
-    assert {"distilled", "uncoupled"} <= set(CONTROLS)
+    assert {"described", "distilled", "misled", "retold", "uncoupled"} <= set(CONTROLS)
     assert not set(CONTROLS) & set(specs())
     for name in CONTROLS:
         for protocol in PROTOCOLS:
@@ -68,3 +69,49 @@ def test_without_sharing_the_gradients_of_the_towers_stay_apart(tiny_clip):
     ):
         assert image.grad.any() and text.grad.any()
         torch.testing.assert_close(p.grad, text.grad + image.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_described_classes_have_their_sentences_mean_and_others_their_template(
+    tiny_clip,
+):
+    said = {"Red_Square": ["a red shape.", "four corners."], "nothing": ["a void."]}
+    method = build("described", tiny_clip, NAMES, descriptions=said)
+    plain = build("clip", tiny_clip, NAMES).text_features()
+    rows = F.normalize(tiny_clip.encode_text(said["Red_Square"]), dim=-1)
+    features = method.text_features()
+    torch.testing.assert_close(features[0], F.normalize(rows.mean(dim=0), dim=-1))
+    torch.testing.assert_close(features[1:], plain[1:])
+
+
+def test_what_is_retold_of_a_class(tiny_clip):
+    said = {
+        "red square": ["a red square with corners."],
+        "green_circle": ["a green circle.", "a green circle, round and whole."],
+        "blue star": ["a blue star with spikes."],
+    }
+
+    def pairs(told):
+        method = build("retold", tiny_clip, NAMES, told=told, descriptions=said)
+        method.taken["templates"] = ["a photo of a {}."]
+        return method.pairs()
+
+    swapped = [
+        (0, "a red square."),
+        (0, "a red square, round and whole."),
+        (1, "a green circle with spikes."),
+        (2, "a blue star with corners."),
+    ]
+    assert pairs("swapped") == swapped
+    assert pairs("longest")[1] == (1, "a green circle, round and whole.")
+    named = [
+        (c, f"a photo of a {name.replace('_', ' ')}.") for c, name in enumerate(NAMES)
+    ]
+    assert pairs("templates") == named
+
+
+def test_misled_classes_have_the_sentences_of_the_next(tiny_clip):
+    said = {"red square": ["a."], "green_circle": ["b.", "c."], "blue star": ["d."]}
+    true, there = build("aape", tiny_clip, NAMES, descriptions=said).references
+    other, kept = build("misled", tiny_clip, NAMES, descriptions=said).references
+    torch.testing.assert_close(other, true[[1, 2, 0]])
+    assert kept.tolist() == there[[1, 2, 0]].tolist()
