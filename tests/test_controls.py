@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from promptkit.clip import zero_shot_features
+from promptkit.controls.plain_map import PlainMap
+from promptkit.methods.qnet import Coupler
 from promptkit.recipe import PROTOCOLS, Setting
 from promptkit.registry import _known, build, methods, recipe, specs
 from promptkit.testing import PROMISES, toy_dataset
@@ -31,7 +34,8 @@ def test_promise(name, promise, tiny_clip, tmp_path):
 
 
 def test_controls_are_known_and_not_listed():
-    assert {"distilled", "uncoupled"} <= set(CONTROLS)
+    known = {"distilled", "plain_map", "uncoupled", "unperturbed"}
+    assert known <= set(CONTROLS)
     assert not set(CONTROLS) & set(specs())
     for name in CONTROLS:
         for protocol in PROTOCOLS:
@@ -68,3 +72,36 @@ def test_without_sharing_the_gradients_of_the_towers_stay_apart(tiny_clip):
     ):
         assert image.grad.any() and text.grad.any()
         torch.testing.assert_close(p.grad, text.grad + image.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_without_perturbations_frozen_clip_reads_what_the_learner_reads(tiny_clip):
+    data = toy_dataset(tiny_clip, NAMES)
+    made = {
+        n: build(n, tiny_clip, NAMES, n_ctx=2, seed=1)
+        for n in ("coprompt", "unperturbed")
+    }
+    images = data.train.images()[:3]
+    views = {
+        n: m.views(images, torch.Generator().manual_seed(5)) for n, m in made.items()
+    }
+    first = views["coprompt"][:, 0]
+    assert not torch.equal(first, views["coprompt"][:, 1])
+    for k in (0, 1):
+        torch.testing.assert_close(views["unperturbed"][:, k], first)
+    expected = zero_shot_features(tiny_clip, NAMES, "a photo of a {}.")
+    torch.testing.assert_close(made["unperturbed"].bank[0], expected)
+
+
+def test_plain_maps_start_as_large_as_quaternion_layers():
+    D, Dv = 256, 192
+    torch.manual_seed(0)
+    x = torch.randn(64, D)
+    layer = Coupler(D, Dv, "imaginary", "none")
+    made = {None: PlainMap(D, Dv, None), 54: PlainMap(D, Dv, 54)}
+    expected = layer(x).std().item()
+    for plain in made.values():
+        assert plain(x).std().item() == pytest.approx(expected, rel=0.1)
+        assert not plain.bias.any()
+    weights = {rank: sum(f.numel() for f in m.factors) for rank, m in made.items()}
+    assert weights[None] == D * Dv
+    assert weights[54] == pytest.approx(D * Dv / 2, rel=0.02)
