@@ -34,7 +34,7 @@ def test_promise(name, promise, tiny_clip, tmp_path):
 
 
 def test_controls_are_known_and_not_listed():
-    known = {"distilled", "plain_map", "uncoupled", "unperturbed"}
+    known = {"distilled", "plain_map", "plates", "uncoupled", "unperturbed"}
     assert known <= set(CONTROLS)
     assert not set(CONTROLS) & set(specs())
     for name in CONTROLS:
@@ -105,3 +105,16 @@ def test_plain_maps_start_as_large_as_quaternion_layers():
     weights = {rank: sum(f.numel() for f in m.factors) for rank, m in made.items()}
     assert weights[None] == D * Dv
     assert weights[54] == pytest.approx(D * Dv / 2, rel=0.02)
+
+
+def test_plates_cover_the_lowest_third_in_two_colours(tiny_clip):
+    method, side = build("plates", tiny_clip, NAMES), tiny_clip.image_size
+    plate = method.blocks(torch.arange(3))
+    assert plate.shape == (3, 3, side // 3, side)
+    images = torch.zeros(2, 3, side, side)
+    assert method.places(images).tolist() == [[side - side // 3, 0]] * 2
+    drawn = method.blocks(torch.arange(3), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, plate)
+    assert 0 < method.letters.mean() < 1 and method.letters[0].std() > 0
+    ink, ground = method.fixed.unbind(1)
+    assert ((ink - ground).abs().amin(dim=1) > 0.4).all()
