@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from promptkit.clip import zero_shot_features
+from promptkit.controls.plain_map import PlainMap
+from promptkit.methods.qnet import Coupler
 from promptkit.recipe import PROTOCOLS, Setting
 from promptkit.registry import _known, build, methods, recipe, specs
 from promptkit.testing import PROMISES, toy_dataset
@@ -32,7 +35,9 @@ def test_promise(name, promise, tiny_clip, tmp_path):
 
 
 def test_controls_are_known_and_not_listed():
-    assert {"described", "distilled", "misled", "retold", "uncoupled"} <= set(CONTROLS)
+    known = {"described", "distilled", "misled", "retold", "uncoupled"}
+    known |= {"plain_map", "plates", "unperturbed"}
+    assert known <= set(CONTROLS)
     assert not set(CONTROLS) & set(specs())
     for name in CONTROLS:
         for protocol in PROTOCOLS:
@@ -115,3 +120,49 @@ def test_misled_classes_have_the_sentences_of_the_next(tiny_clip):
     other, kept = build("misled", tiny_clip, NAMES, descriptions=said).references
     torch.testing.assert_close(other, true[[1, 2, 0]])
     assert kept.tolist() == there[[1, 2, 0]].tolist()
+
+
+def test_without_perturbations_frozen_clip_reads_what_the_learner_reads(tiny_clip):
+    data = toy_dataset(tiny_clip, NAMES)
+    made = {
+        n: build(n, tiny_clip, NAMES, n_ctx=2, seed=1)
+        for n in ("coprompt", "unperturbed")
+    }
+    images = data.train.images()[:3]
+    views = {
+        n: m.views(images, torch.Generator().manual_seed(5)) for n, m in made.items()
+    }
+    first = views["coprompt"][:, 0]
+    assert not torch.equal(first, views["coprompt"][:, 1])
+    for k in (0, 1):
+        torch.testing.assert_close(views["unperturbed"][:, k], first)
+    expected = zero_shot_features(tiny_clip, NAMES, "a photo of a {}.")
+    torch.testing.assert_close(made["unperturbed"].bank[0], expected)
+
+
+def test_plain_maps_start_as_large_as_quaternion_layers():
+    D, Dv = 256, 192
+    torch.manual_seed(0)
+    x = torch.randn(64, D)
+    layer = Coupler(D, Dv, "imaginary", "none")
+    made = {None: PlainMap(D, Dv, None), 54: PlainMap(D, Dv, 54)}
+    expected = layer(x).std().item()
+    for plain in made.values():
+        assert plain(x).std().item() == pytest.approx(expected, rel=0.1)
+        assert not plain.bias.any()
+    weights = {rank: sum(f.numel() for f in m.factors) for rank, m in made.items()}
+    assert weights[None] == D * Dv
+    assert weights[54] == pytest.approx(D * Dv / 2, rel=0.02)
+
+
+def test_plates_cover_the_lowest_third_in_two_colours(tiny_clip):
+    method, side = build("plates", tiny_clip, NAMES), tiny_clip.image_size
+    plate = method.blocks(torch.arange(3))
+    assert plate.shape == (3, 3, side // 3, side)
+    images = torch.zeros(2, 3, side, side)
+    assert method.places(images).tolist() == [[side - side // 3, 0]] * 2
+    drawn = method.blocks(torch.arange(3), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, plate)
+    assert 0 < method.letters.mean() < 1 and method.letters[0].std() > 0
+    ink, ground = method.fixed.unbind(1)
+    assert ((ink - ground).abs().amin(dim=1) > 0.4).all()

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from promptkit.data import load_dataset
 from promptkit.errors import InputError
 from promptkit.method import Batch
-from promptkit.methods.coprompt import OPERATIONS, CoPrompt, augmented
+from promptkit.methods.coprompt import OPERATIONS, CoPrompt, augmented, sentences_of
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, recipe
 from promptkit.testing import NAMES, toy_dataset
@@ -181,3 +182,15 @@ def test_published_settings():
     options = {"DISTILL": "kl", "prompt_depth": 9, "ctx_init": "a photo of a"}
     ours = CoPrompt.official_hparams(options)
     assert ours == {"consistency": "mse", "depth": 9, "init": "a photo of a"}
+
+
+def test_phrases_of_the_mini_world_become_sentences_that_name_their_class():
+    pets = load_dataset("pets")
+    name = pets.classnames[0]
+    first = f"a photo of a {name}, a type of pet with {pets.descriptions[name][0]}."
+    assert sentences_of(pets)[name][0] == first
+    whole = replace(pets, descriptions={name: [f"The {name} sleeps."]})
+    assert sentences_of(whole) == whole.descriptions
+    real = replace(pets, world="real")
+    assert sentences_of(real) == pets.descriptions
+    assert sentences_of(None) == {}

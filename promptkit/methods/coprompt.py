@@ -8,10 +8,12 @@ Deviations: everything is float32 by default, where the published runs keep CLIP
 weights, the context, its projection and the adapters in half precision. The published
 sentences do not come with this package: they are given by ``descriptions``, or the
 dataset's own are taken; where there are none, "a photo of a {}." is the only sentence,
-and a warning says so. Classes with different numbers of sentences keep as many as the
-shortest list has. Distances of the augmentation are those of 224 pixels, scaled to the
-image size. A network that is aimed elsewhere keeps its own depth and length; the
-published code resets them by the dataset that it is tested on.
+and a warning says so. The mini world says phrases of its classes ("two antennas"); they
+are put behind its templates, as nearly all published sentences name their class.
+Classes with different numbers of sentences keep as many as the shortest list has.
+Distances of the augmentation are those of 224 pixels, scaled to the image size. A
+network that is aimed elsewhere keeps its own depth and length; the published code
+resets them by the dataset that it is tested on.
 """
 
 import warnings
@@ -47,6 +49,23 @@ SETTINGS = {
     "eurosat": (12, 2, 0.1, 8),
     "ucf101": (12, 4, 2.0, 8),
 }
+
+
+def sentences_of(dataset) -> dict[str, list[str]]:
+    """What a dataset says of its classes, by class name; a phrase of the mini world
+    becomes "a photo of a NAME with PHRASE.", in the template of its task.
+    """
+    said = dict(dataset.descriptions) if dataset else {}
+    if not said or dataset.world != "mini":
+        return said
+    opening = dataset.template.rstrip(".") + " with "
+    return {
+        name: [
+            text if text.endswith(".") else opening.replace("{}", name) + text + "."
+            for text in texts
+        ]
+        for name, texts in said.items()
+    }
 
 
 @register
@@ -108,7 +127,7 @@ class CoPrompt(MaPLe):
         text_reference=Target("frozen CLIP,\na sentence", "1 − cos"),
         image_reference=Target("frozen CLIP,\nsecond view", "1 − cos"),
     )
-    from_dataset = {"descriptions": lambda data: data.descriptions if data else {}}
+    from_dataset = {"descriptions": sentences_of}
     official_hyperparameters = MaPLe.official_hyperparameters | {
         "consistency_weight": "lam",
         "consistency": "consistency",

@@ -88,7 +88,7 @@ class LoGoPrompt(Method):
     year = 2023
     paper = "2309.01155"
     kind = "prompt"
-    reads = "images"
+    reads = "images+features"
     picture = Picture(
         text=("SOS", learned("$v_1$ … $v_M$"), "[class]", ".", "EOT"),
         image=("CLS", "patches, a class name over some"),
@@ -293,6 +293,10 @@ class LoGoPrompt(Method):
         return torch.from_numpy(values).to(images.device)
 
     # --- selection --------------------------------------------------------------------
+
+    def encode(self, batch):
+        """Of the images without names: those that the batch carries, if any."""
+        return super().encode(batch) if batch.features is None else batch.features
 
     def confident(self, batch, image, text, classes, generator=None, score=None):
         """log p(c | x) of all classes (B, C), and log p(c | x_c) of some, (B, K)."""

@@ -1,0 +1,38 @@
+"""The control of CoPrompt: frozen CLIP is given what the prompted model is given."""
+
+from functools import cached_property
+
+from promptkit.clip import zero_shot_features
+from promptkit.method import register
+from promptkit.methods.coprompt import PLAIN, CoPrompt
+
+
+@register
+class Unperturbed(CoPrompt):
+    r"""CoPrompt without perturbations: frozen CLIP reads the prompted model's view of
+    each image, and "a photo of a {}." in the place of a drawn sentence.
+
+    Loss, adapters, augmentation of the training images and recipe are CoPrompt's.
+
+    Args:
+        clip: the frozen backbone.
+        classnames: the C class names.
+        lam, consistency, reduction, image_ratio, text_ratio, descriptions, n_ctx,
+            depth, init: as in CoPrompt; the sentences are not read.
+    """
+
+    name = "unperturbed"
+    title = "CoPrompt without perturbations"
+    published = {}
+
+    def views(self, images, generator):
+        """The first view of CoPrompt's, twice: (B, 2, 3, S, S)."""
+        return super().views(images, generator)[:, [0, 0]]
+
+    @cached_property
+    def bank(self):
+        """Frozen features of the one sentence, (1, C, E)."""
+        return zero_shot_features(self.clip, self.classnames, PLAIN)[None]
+
+    def official_names(self):
+        return {}  # nobody published it
