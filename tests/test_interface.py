@@ -178,7 +178,7 @@ def test_stages_follow_each_other(tiny_clip, dataset):
     assert history.lrs[1] == 0.05 and history.lrs[4] == 0.01
     assert method.shared.abs().sum() > 0 and method.own.abs().sum() > 0
     assert method.chosen_on == len(dataset.val)
-    assert recipe("stages", Setting(profile="mini")).stages[0].epochs == 2
+    assert recipe("stages", Setting(profile="mini")).stages[0].epochs == 10
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 4])
