@@ -81,7 +81,7 @@ class AAPE(Method):
     t.
 
     .. math:: w_{bc} = W\,[\,p_b;\,\hat t_c\,], \qquad
-       z_{bc} = s \cos(f_b, w_{bc}), \qquad
+       z_{bc} = s \cos(f_b, w_{bc}), \\
        L = L_{ce} + \lambda \overline{\lVert p_b - \mathrm{sg}(s_b) \rVert^2}
        + \mu\,\overline{(1 - \hat f_b^\top s_b)}
 

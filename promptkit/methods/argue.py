@@ -90,9 +90,9 @@ class ArGue(Method):
     name in T templates,
 
     .. math:: z_c = \frac sJ \sum_j \hat f^\top \hat a_{c,j}, \qquad
+       r = \mathrm{softmax}(s\,\hat f^\top \hat n), \\
        L = L_{ce}(z) + \frac{\lambda}{TC} \sum_{t,c} L_{ce}(s\,q_{t,c}^\top \hat p, c)
-       + \frac{\mu}{BC} \sum_{b,c} r_{bc} \log r_{bc}, \qquad
-       r = \mathrm{softmax}(s\,\hat f^\top \hat n)
+       + \frac{\mu}{BC} \sum_{b,c} r_{bc} \log r_{bc}
 
     The first regulariser holds the context to what templates mean (LASP's). The second
     asks for an undecided answer to backgrounds. Beside the context learn w, which moves

@@ -134,14 +134,14 @@ class CasPL(Plugin):
     The first stage trains b alone, on all images of the task without labels and with
     the names of all its classes, against a larger CLIP with a hand-written prompt:
 
-    .. math:: L_1 = T^2\,\frac1B \sum_{i,c} q_{ic} (\log q_{ic} - \log p_{ic}), \qquad
+    .. math:: L_1 = T^2\,\frac1B \sum_{i,c} q_{ic} (\log q_{ic} - \log p_{ic}), \\
        p = \mathrm{softmax}(z / T),\; q = \mathrm{softmax}(z^{teacher} / T)
 
     with the student's logit scale in both. The second stage freezes b and trains the
     host with its own loss; text block i < J and the image tower's read
 
-    .. math:: [\mathrm{SOS}]\,[a_i]\,[b_i]\,[\mathrm{class}_c]\,[.]\,[\mathrm{EOT}],
-       \qquad [\mathrm{CLS}]\,[\mathrm{patches}]\,[\tilde a_i]\,[\tilde b_i].
+    .. math:: [\mathrm{SOS}]\,[a_i]\,[b_i]\,[\mathrm{class}_c]\,[.]\,[\mathrm{EOT}], \\
+       [\mathrm{CLS}]\,[\mathrm{patches}]\,[\tilde a_i]\,[\tilde b_i].
 
     What a host compares itself with (PromptSRC's frozen features) stays the plain CLIP.
 

@@ -46,7 +46,7 @@ class CLIPAdapter(Method):
     r"""Frozen image features f, blended with what a bottleneck makes of them.
 
     .. math:: f^\star = \alpha\,A_v(f) + (1 - \alpha)\,f, \qquad
-       w^\star = \beta\,A_t(w) + (1 - \beta)\,w, \qquad
+       w^\star = \beta\,A_t(w) + (1 - \beta)\,w, \\
        A(x) = \mathrm{ReLU}(\mathrm{ReLU}(x W_1) W_2)
 
     Features are blended before they are normalised. w are those of hand-written

@@ -41,7 +41,7 @@ class CoCoOp(Method):
     to every token of it.
 
     .. math:: v_m(x) = v_m + \pi(x), \quad
-       \pi(x) = W_2\,\mathrm{ReLU}(W_1 \bar f(x) + b_1) + b_2, \qquad
+       \pi(x) = W_2\,\mathrm{ReLU}(W_1 \bar f(x) + b_1) + b_2, \\
        p(y = c \mid x) \propto
        \exp(s \cos(f(x), g([v_1(x)] \dots [v_M(x)]\,[\mathrm{class}_c]\,.)))
 

@@ -42,8 +42,8 @@ class PromptKD(Method):
 
     With the features f of the student and f' of the teacher,
 
-    .. math:: q = s\,\hat P(f)\,\hat W^\top, \qquad q' = s'\,\hat f'\,\hat W^\top,
-       \qquad L = \lambda\,\frac{T^2}{B C} \sum_{b,c} p'_{bc}
+    .. math:: q = s\,\hat P(f)\,\hat W^\top, \qquad q' = s'\,\hat f'\,\hat W^\top, \\
+       L = \lambda\,\frac{T^2}{B C} \sum_{b,c} p'_{bc}
        \log\frac{p'_{bc}}{p_{bc}}, \quad p = \mathrm{softmax}(q / T)
 
     The teacher was taught on a few labelled images of some classes; the student sees

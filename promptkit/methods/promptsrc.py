@@ -46,7 +46,7 @@ class PromptSRC(IVLP):
     w', f', z' (w' the mean over 60 templates),
 
     .. math:: L = L_{ce}(z) + \lambda_t\,\overline{|w - w'|}
-       + \lambda_i\,\overline{|f - f'|}
+       + \lambda_i\,\overline{|f - f'|} \\
        + \frac{\lambda_z}{BC} \sum_{b,c} q'_{bc} (\log q'_{bc} - \log q_{bc}),
        \qquad q = \mathrm{softmax}(z)
 

@@ -85,7 +85,7 @@ class TCP(Plugin):
     With the normalised feature g_c of a hand-written prompt of class c, and the input x
     of text block l,
 
-    .. math:: T_c = W_2\,\sigma(W_1 g_c + b_1) + b_2 \in \mathbb R^{n \times D}, \qquad
+    .. math:: T_c = W_2\,\sigma(W_1 g_c + b_1) + b_2 \in \mathbb R^{n \times D}, \\
        x_{1 \dots n} \leftarrow \omega\,T_c + (1 - \omega)\,x_{1 \dots n}, \qquad
        L = L_{ce} + \lambda\,\frac1C \sum_c \bigl(1 - \cos(w_c, g_c)\bigr)
 

@@ -71,7 +71,7 @@ class WeakDetectors(Plugin):
     With the class features w of the host and w' of a hand-written prompt, neither
     normalised, and a detector D of their logits z and z',
 
-    .. math:: \sigma = \mathrm{sigmoid}\bigl(W (D(z) - D(z'))\bigr), \qquad
+    .. math:: \sigma = \mathrm{sigmoid}\bigl(W (D(z) - D(z'))\bigr), \\
        p(y = c \mid x) \propto \exp\bigl(s \cos(f(x), (1-\sigma)\,w'_c + \sigma\,w_c)
        \bigr)
 
