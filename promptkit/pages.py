@@ -71,7 +71,9 @@ def equal_host(
     setting, host = Setting(protocol, dataset, shots, profile), parse(plugin)[1]
     plan, own = recipe(plugin, setting), recipe(host, setting)
     changed = _changes(_filled(host, own.hparams), _filled(host, plan.hparams["host"]))
-    fields = {key: getattr(plan, key) for key in ("epochs", "lr", "batch_size")}
+    stages = [*plan.parts()]  # the plug-in's own come first
+    stage = stages[-len([*own.parts()])]
+    fields = {key: getattr(stage, key) for key in ("epochs", "lr", "batch_size")}
     return host, changed | {
         key: value for key, value in fields.items() if value != getattr(own, key)
     }

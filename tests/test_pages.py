@@ -146,6 +146,16 @@ def test_equal_hosts_have_the_plugins_settings():
     )  # sixteen random vectors, as in the plug-in's code
 
 
+def test_an_equal_host_follows_its_own_stage_where_the_plugin_has_one_before():
+    name, overrides = equal_host("caspl(coop)")
+    wanted = recipe("caspl(coop)", Setting("base-to-new", "sat", 16, "mini"))
+    own = recipe("coop", Setting("base-to-new", "sat", 16, "mini"))
+    (second,) = wanted.stages
+    assert name == "coop" and overrides["n_ctx"] == 8
+    for field in ("epochs", "lr", "batch_size"):
+        assert overrides.get(field, getattr(own, field)) == getattr(second, field)
+
+
 def test_titles():
     assert title("dept(tpt(coop))") == "DePT + TPT + CoOp"
 
