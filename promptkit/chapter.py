@@ -20,7 +20,7 @@ from promptkit.grids import RECORDER, execute_all, grid, origin
 from promptkit.parameters import names, whole_numbers
 from promptkit.recipe import PROFILES
 from promptkit.results import options_of
-from promptkit.runs import Run, backbone, measure, plan
+from promptkit.runs import Run, _trained_objects, backbone, measure, plan
 from promptkit.train import History, fit
 from promptkit.workers import sweep_results
 
@@ -185,7 +185,9 @@ class Chapter:
         self, method: str, task: str, protocol="base-to-new", seed=None, shots=None,
         **overrides,
     ) -> "Trained":  # fmt: skip
-        """Train a method here and now, to look into it; nothing is stored."""
+        """Train a method here and now, to look into it; nothing is stored but its
+        teacher, where it has one that is trained too.
+        """
         return self._train(self._plan(method, task, protocol, seed, overrides, shots))
 
     def live(
@@ -236,9 +238,12 @@ class Chapter:
         return plan(asked)
 
     def _train(self, planned, progress=False):
-        dataset = planned.training_set()
-        trained = planned.build(dataset)
-        few = 2 if RECORDER in os.environ else None  # nobody looks at what comes of it
+        dataset, recorded = planned.training_set(), RECORDER in os.environ
+        few = 2 if recorded else None  # nobody looks at what comes of it
+        teachers = {}
+        if not recorded:
+            teachers = _trained_objects(planned, self.output or None, False)
+        trained = planned.build(dataset, **teachers)
         history = fit(
             trained, dataset, planned.recipe, planned.run.seed, progress=progress,
             max_steps=few,

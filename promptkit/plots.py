@@ -4,7 +4,7 @@ hatches beside hues.
 
 import re
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -550,6 +550,59 @@ def similarity_map(matrix, rows, columns, title="", unit="cosine similarity", di
         axis.tick_params(axis="x", rotation=45)
         plt.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
         axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def change_map(cells: pd.DataFrame, rows=None, columns=None, unit="points"):
+    """A heat map of changes with their intervals: what each column, such as a plug-in,
+    adds to each row, such as a host. Bold numbers have an interval on one side of 0;
+    hatched cells were not measured.
+
+    Args:
+        cells: a row a change: the columns row, column, mean, low and high.
+        rows, columns: in this order; by default as they come.
+        unit: of the changes.
+
+    Raises:
+        InputError: there are no changes, or two of one cell.
+    """
+    if not len(cells) or cells.duplicated(["row", "column"]).any():
+        raise InputError("a map of changes takes one change a cell, and one at least")
+    rows = list(rows or cells["row"].unique())
+    columns = list(columns or cells["column"].unique())
+    at = {(cell["row"], cell["column"]): cell for _, cell in cells.iterrows()}
+    largest = max(cells["mean"].abs().max(), 1e-9)
+    with style():
+        figure, axis = plt.subplots(
+            figsize=(1.6 + 1.15 * len(columns), 1.0 + 0.55 * len(rows)),
+            layout="constrained",
+        )
+        grid = np.full((len(rows), len(columns)), np.nan)
+        for (r, row), (c, column) in product(enumerate(rows), enumerate(columns)):
+            if (row, column) not in at:
+                look = {"facecolor": "white", "edgecolor": "0.7", "hatch": "///"}
+                axis.add_patch(plt.Rectangle((c - 0.5, r - 0.5), 1, 1, lw=0, **look))
+                continue
+            cell = at[row, column]
+            grid[r, c] = cell["mean"]
+            sure = cell["low"] > 0 or cell["high"] < 0
+            strong = abs(cell["mean"]) > 0.6 * largest
+            look = {"ha": "center", "color": "white" if strong else "black"}
+            weight = "bold" if sure else "normal"
+            axis.text(
+                c, r - 0.02, f"{cell['mean']:+.1f}", va="bottom", fontsize=9,
+                fontweight=weight, **look,
+            )  # fmt: skip
+            if np.isfinite(cell["low"]):
+                ends = f"[{cell['low']:+.1f}, {cell['high']:+.1f}]"
+                axis.text(c, r + 0.06, ends, va="top", fontsize=6.5, **look)
+        image = axis.imshow(
+            grid, cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto"
+        )
+        figure.colorbar(image, label=f"change ({unit})")
+        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axis.set_yticks(range(len(rows)), rows)
+        axis.grid(visible=False)
     return figure
 
 

@@ -6,6 +6,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from test_results import base_new, record, table
 
@@ -14,6 +15,7 @@ from promptkit.plots import (
     average_bars,
     base_new_bars,
     base_new_plane,
+    change_map,
     difference_bars,
     few_shot_curves,
     image_grid,
@@ -262,3 +264,25 @@ def test_labels_of_near_points_do_not_cover_each_other():
     ]
     pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
     assert len(boxes) == 4 and not any(a.overlaps(b) for a, b in pairs)
+
+
+def test_change_map():
+    """Every cell has its number and interval, bold where the interval has one sign;
+    what was not measured is hatched.
+    """
+    cells = [
+        ("CoOp", "DePT", 2.0, 1.0, 3.0),
+        ("CoOp", "TCP", -0.5, -2.0, 1.0),
+        ("MaPLe", "TCP", 1.0, np.nan, np.nan),
+    ]
+    cells = pd.DataFrame(cells, columns=["row", "column", "mean", "low", "high"])
+    figure = change_map(cells)
+    axis = figure.axes[0]
+    texts = {text.get_text(): text for text in axis.texts}
+    assert set(texts) == {"+2.0", "[+1.0, +3.0]", "-0.5", "[-2.0, +1.0]", "+1.0"}
+    assert texts["+2.0"].get_fontweight() == "bold"
+    assert texts["-0.5"].get_fontweight() == "normal"
+    assert [patch.get_hatch() for patch in axis.patches] == ["///"]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["CoOp", "MaPLe"]
+    with pytest.raises(InputError):
+        change_map(pd.concat([cells, cells]))

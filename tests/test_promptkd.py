@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from promptkit.chapter import Chapter
 from promptkit.data import base_new, transform
 from promptkit.errors import InputError
 from promptkit.export import Deployed, export_program
@@ -212,3 +213,14 @@ def test_a_run_of_base_to_new_teaches_on_base_and_learns_on_all(
     teacher = planned.objects["teacher"]
     assert len(teacher.training_set().classnames) == 3
     assert len(teacher.training_set().train) == 6 and planned.config["shots"] == 0
+
+
+def test_a_chapter_has_the_teacher_trained_before_the_student(tmp_path):
+    """What is trained before a reader's eyes learns from the teacher that a run has."""
+    chapter = Chapter("99_test", "smoke", ["sat"], output=str(tmp_path), workers=1)
+    done = chapter.train("promptkd", "sat", epochs=1)
+    planned = plan(Run("base-to-new", "promptkd", "sat", profile="smoke"))
+    fresh = planned.objects["teacher"].build(done.training).state_dict()
+    taught = done.method.teacher.state_dict()
+    learned = [key for key, p in done.method.teacher.named_parameters()]
+    assert any(not torch.equal(fresh[key], taught[key]) for key in learned)
