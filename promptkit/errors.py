@@ -51,3 +51,13 @@ def expect(holds: bool, name: str, value, expected: str) -> None:
     """
     if not holds:
         raise InputError(f"{name} must be {expected}, got {value!r}")
+
+
+def expect_templates(name: str, given: str | Iterable[str] | None) -> None:
+    """Raise InputError unless each template has a place for the class name; None is
+    nothing to check.
+    """
+    templates = [given] if isinstance(given, str) else given
+    fine = templates is None or (bool(templates) and all("{}" in t for t in templates))
+    wanted = "one sentence or more, each with {} in place of the class name"
+    expect(fine, name, given, wanted)

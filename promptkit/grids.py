@@ -111,17 +111,17 @@ def benchmark(
     """
     names = datasets or (data.DATASETS if profile == "full" else data.MINI_TASKS)
     names = list(names)
-    where = {} if root is None else {"root": root}
-    where |= {k: v for k, v in options.items() if k == "descriptions"}
-    loaded = {name: data.load_dataset(name, **where) for name in names}
+    given = options.get("descriptions")
+    loaded = {name: data.load_dataset(name, root, descriptions=given) for name in names}
     sources = [name for name in names if loaded[name].shifts]
     if methods is None:
-        texts = {spec for spec in specs() if "texts" in supervision(spec)}
+        methods = specs()
+        texts = [spec for spec in methods if "texts" in supervision(spec)]
         bare = [name for name in names if not loaded[name].descriptions]
-        methods = [spec for spec in specs() if not bare or spec not in texts]
         if bare and texts:
+            methods = [spec for spec in methods if spec not in texts]
             warnings.warn(
-                f"{', '.join(sorted(texts))} learn from sentences about the classes,"
+                f"{', '.join(texts)} learn from sentences about the classes,"
                 f" and {bare[0]} has none: they are left out (descriptions=FOLDER has"
                 " them)",
                 stacklevel=2,

@@ -97,7 +97,7 @@ class MethodType(type):
         if cls.needs_vit(method.hparams):
             cls._check_vit(clip)
         method.__init__(clip, classnames, **arguments)
-        if "tokens" in f"{method.reads}+{method.reads_at_test}".split("+"):
+        if _reads_tokens(method):  # which a plug-in's instance knows alone
             cls._check_vit(clip)
         for name, thing in objects.items():
             if name != "host" and isinstance(thing, Method):
@@ -540,7 +540,7 @@ class Method(nn.Module, metaclass=MethodType):
             owner = next(base for base in cls.__mro__ if hook in vars(base))
             if owner.__module__ not in passed:
                 return True
-        return "tokens" in f"{cls.reads}+{cls.reads_at_test}".split("+")
+        return _reads_tokens(cls)
 
     @classmethod
     def _check_vit(cls, clip):
@@ -732,6 +732,10 @@ class Method(nn.Module, metaclass=MethodType):
         config |= {"digest": digest_of_header(config)}
         data = safetensors_bytes(state, metadata={"promptkit": json.dumps(config)})
         return write_atomically(path, lambda file: file.write(data))
+
+
+def _reads_tokens(method) -> bool:
+    return "tokens" in f"{method.reads}+{method.reads_at_test}".split("+")
 
 
 def _equal(before: list, now: list) -> bool:

@@ -394,14 +394,13 @@ def _objects(run, recipe, clip):
         if not isinstance(text, str):
             out[name] = text
             continue
-        spec, at, model = text.rpartition("@")
-        model, _, weights = model.partition("/")
-        if not at or not model:
+        spec, model, weights = _written(text)
+        if not model:
             raise InputError(
                 f"{name} of {run.method} is written METHOD@MODEL, such as"
                 f" 'promptsrc@mini-teacher', not {text!r}"
             )
-        other = _clip(model, weights or None, run.device, run.precision)
+        other = _clip(model, weights, run.device, run.precision)
         if not spec:
             out[name] = other
             continue
@@ -427,14 +426,20 @@ def _another(run, name, text):
     """One of several further backbones."""
     if not isinstance(text, str):
         return text
-    spec, at, model = text.strip().rpartition("@")
-    model, _, weights = model.partition("/")
-    if spec or not at or not model:
+    spec, model, weights = _written(text.strip())
+    if spec or not model:
         raise InputError(
             f"{name} of {run.method} are written @MODEL,@MODEL/WEIGHTS, such as"
             f" '@mini-teacher', not {text!r}"
         )
-    return _clip(model, weights or None, run.device, run.precision)
+    return _clip(model, weights, run.device, run.precision)
+
+
+def _written(text):
+    """ "METHOD@MODEL/WEIGHTS" in its parts; MODEL is empty where there is no "@"."""
+    spec, at, rest = text.rpartition("@")
+    model, _, weights = rest.partition("/")
+    return spec, model if at else "", weights or None
 
 
 def _told(thing):

@@ -246,11 +246,12 @@ def runs_in_bf16(spec, clip, folder):
     batch = batch_of(dataset, clip)
     half = _make(spec, half_clip).logits(Batch(images=batch.images))
     assert half.dtype == torch.float32
-    whole = _make(spec, clip).logits(Batch(images=batch.images))
-    size = whole.abs().mean().item()  # some heads spread logits further than CLIP does
-    near = torch.isclose(half, whole, rtol=0.05, atol=max(0.5, 0.03 * size))
-    # A choice that a method makes for an image may tip the other way for a few.
-    assert near.float().mean() >= 0.85, (half - whole).abs().max()
+    torch.testing.assert_close(
+        half,
+        _make(spec, clip).logits(Batch(images=batch.images)),
+        rtol=0.05,
+        atol=1.0,
+    )
 
 
 def takes_any_number_of_classes(spec, clip, folder):

@@ -9,7 +9,7 @@ open_clip's own; nothing is copied, and nothing in the towers learns.
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -196,6 +196,11 @@ class Replace(Edit):
 
     def __init__(self, prompts: Mapping[int, tuple[int, Tensor]]):
         self.prompts = dict(prompts)
+
+    @classmethod
+    def deep(cls, start: int, tokens: Iterable[Tensor]) -> "Replace":
+        """Tokens at ``start`` of the blocks behind the first, one a block."""
+        return cls({block: (start, x) for block, x in enumerate(tokens, start=1)})
 
     def shared(self, layer, length):
         if layer in self.prompts:

@@ -20,3 +20,9 @@ def tiny_clip(make_clip) -> FrozenCLIP:
     features of 24.
     """
     return make_clip()
+
+
+@pytest.fixture
+def dataset(tiny_clip):
+    """Five classes of images for it; a file may have its own."""
+    return testing.toy_dataset(tiny_clip)

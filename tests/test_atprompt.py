@@ -13,7 +13,7 @@ from promptkit.method import Batch
 from promptkit.methods.atprompt import AttributeSearch, pool_of, search_attributes
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
-from promptkit.testing import NAMES, batch_of, few_steps, toy_dataset
+from promptkit.testing import NAMES, batch_of, few_steps
 from promptkit.towers import Edits, Replace
 
 CLEAN = [name.replace("_", " ") for name in NAMES]
@@ -23,11 +23,6 @@ ODD = ["polka-dotted", "707-320", "sea_lion", "St. Bernard"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def dataset(tiny_clip):
-    return toy_dataset(tiny_clip)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from promptkit.prompts import Context
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe, specs, supervision
 from promptkit.runs import Run, execute, plan
-from promptkit.testing import NAMES, PROMISES, tiny_clip, toy_dataset
+from promptkit.testing import NAMES, PROMISES, tiny_clip
 from promptkit.towers import Edits, Replace
 from promptkit.train import accuracy, fit, visible
 
@@ -35,11 +35,6 @@ def world(tmp_path, monkeypatch):
     yield
     REGISTRY.clear()
     REGISTRY.update(kept)
-
-
-@pytest.fixture
-def dataset(tiny_clip):
-    return toy_dataset(tiny_clip)
 
 
 # --- a trained head over frozen features (CLIP-Adapter, CoPrompt) ---------------------

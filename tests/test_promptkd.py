@@ -15,7 +15,7 @@ from promptkit.methods.promptkd import as_seen_by, divergence
 from promptkit.recipe import PROTOCOLS, Recipe, Setting
 from promptkit.registry import build, load_official, recipe
 from promptkit.runs import Run, plan
-from promptkit.testing import NAMES, PROMISES, tiny_clip, toy_dataset
+from promptkit.testing import NAMES, PROMISES, tiny_clip
 from promptkit.train import fit
 
 QUICK = Recipe(epochs=3, batch_size=8, lr=0.002, augment=False)
@@ -24,11 +24,6 @@ QUICK = Recipe(epochs=3, batch_size=8, lr=0.002, augment=False)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def dataset(tiny_clip):
-    return toy_dataset(tiny_clip)
 
 
 def made(clip, names=NAMES, **options):

@@ -10,7 +10,7 @@ from promptkit.export import Deployed, export_program
 from promptkit.method import Batch
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, recipe
-from promptkit.testing import NAMES, PROMISES, tiny_clip, toy_dataset
+from promptkit.testing import NAMES, PROMISES, tiny_clip
 from promptkit.train import fit
 
 QUICK = Recipe(epochs=2, batch_size=8, lr=0.002, augment=False)
@@ -19,11 +19,6 @@ QUICK = Recipe(epochs=2, batch_size=8, lr=0.002, augment=False)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def dataset(tiny_clip):
-    return toy_dataset(tiny_clip)
 
 
 def made(clip, host="coop", **options):

@@ -12,7 +12,7 @@ from promptkit.export import export_program
 from promptkit.method import Batch
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
-from promptkit.testing import NAMES, toy_dataset
+from promptkit.testing import NAMES
 from promptkit.train import fit
 
 BOTH = ("tip_adapter", "tip_adapter_f")
@@ -24,11 +24,6 @@ QUICK = Recipe(
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def dataset(tiny_clip):
-    return toy_dataset(tiny_clip)
 
 
 def features(clip, split):

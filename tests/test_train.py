@@ -15,18 +15,13 @@ from promptkit.method import REGISTRY, Batch, Method, register
 from promptkit.plugin import Plugin
 from promptkit.recipe import Recipe, Setting, for_profile, learning_rate
 from promptkit.registry import build, from_official, load_method, recipe
-from promptkit.testing import NAMES, toy_dataset
+from promptkit.testing import NAMES
 from promptkit.train import DivergedError, History, accuracy, fit, shuffled
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def dataset(tiny_clip):
-    return toy_dataset(tiny_clip)
 
 
 QUICK = Recipe(epochs=4, batch_size=8, lr=0.05, augment=False)

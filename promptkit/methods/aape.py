@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from promptkit.clip import zero_shot_features
 from promptkit.descriptions import key_of, sentence_features, sentences_of
-from promptkit.errors import InputError, expect
+from promptkit.errors import InputError, expect, expect_templates
 from promptkit.files import some
 from promptkit.method import Method, register
 from promptkit.methods.clip import CLIP
@@ -171,13 +171,7 @@ class AAPE(Method):
             expect(value_ >= least, name, value_, f"at least {least}")
         expect(d % heads == 0, "heads", heads, f"a divisor of the {d} of a feature")
         expect(hidden is None or hidden >= 1, "hidden", hidden, "at least 1")
-        templates = self.templates
-        expect(
-            bool(templates) and all("{}" in t for t in templates),
-            "template",
-            template,
-            "one sentence or more, each with {} in place of the class name",
-        )
+        expect_templates("template", template)
         self.sentences, self.heads, self.aggregate = sentences, heads, aggregate
         self.distill, self.reward = distill, reward
         self.generator = Generator(d, hidden or d)

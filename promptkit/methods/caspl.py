@@ -101,8 +101,7 @@ class Boosting(nn.Module):
 
     def edit(self, tower: str, position: int) -> Replace:
         """Tokens of the blocks behind the first, at ``position``."""
-        deep = list(getattr(self, tower))[1:]
-        return Replace({i: (position, p) for i, p in enumerate(deep, start=1)})
+        return Replace.deep(position, getattr(self, tower)[1:])
 
 
 class Beside:

@@ -7,7 +7,7 @@ ICML 2021; arXiv 2103.00020. The templates are those of the prompt-learning benc
 """
 
 from promptkit.clip import zero_shot_features
-from promptkit.errors import expect
+from promptkit.errors import expect_templates
 from promptkit.method import Method, register
 from promptkit.picture import Picture
 from promptkit.published import Published
@@ -65,14 +65,7 @@ class CLIP(Method):
 
     def __init__(self, clip, classnames, *, template: str | list[str] | None = None):
         super().__init__(clip, classnames)
-        templates = self.templates
-        fine = bool(templates) and all("{}" in t for t in templates)
-        expect(
-            fine,
-            "template",
-            template,
-            "one sentence or more, each with {} in place of the class name",
-        )
+        expect_templates("template", template)
 
     @property
     def templates(self) -> list[str]:

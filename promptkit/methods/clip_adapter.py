@@ -18,7 +18,7 @@ from torch import nn
 
 from promptkit.clip import zero_shot_features
 from promptkit.data.benchmark import TABLE
-from promptkit.errors import InputError, expect
+from promptkit.errors import InputError, expect, expect_templates
 from promptkit.method import Method, register
 from promptkit.picture import Picture, learned
 from promptkit.published import Published, dataset_of, transfer
@@ -127,13 +127,7 @@ class CLIPAdapter(Method):
         expect(0 <= text_ratio <= 1, "text_ratio", text_ratio, "from 0 to 1")
         E = clip.embed_dim
         expect(1 <= reduction <= E, "reduction", reduction, f"from 1 to {E}")
-        several = [template] if isinstance(template, str) else template
-        expect(
-            several is None or (len(several) > 0 and all("{}" in t for t in several)),
-            "template",
-            template,
-            "one sentence or more, each with {} for the class name",
-        )
+        expect_templates("template", template)
         self.ratio, self.text_ratio = ratio, text_ratio
         self.image_adapter, self.text_adapter = (
             Bottleneck(E, reduction, last_relu) if adapter in (side, "both") else None

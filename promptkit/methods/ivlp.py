@@ -137,7 +137,7 @@ class IVLP(Method):
         if self.context is None:
             return None
         start = self.context.start
-        return Replace({i: (start, p) for i, p in enumerate(self.deep, start=1)})
+        return Replace.deep(start, self.deep)
 
     def image_prompt(self):
         return self.vision[0] if len(self.vision) else None
@@ -146,8 +146,7 @@ class IVLP(Method):
         if not len(self.vision):
             return None
         behind = self.clip.image_tower.length  # the class token and the patches
-        deep = list(self.vision)[1:]
-        return Replace({i: (behind, p) for i, p in enumerate(deep, start=1)})
+        return Replace.deep(behind, self.vision[1:])
 
     def official_names(self):
         names = {"prompt_learner.ctx": "context.vectors"} if self.context else {}

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch.nn.functional as F
 
 from promptkit.clip import zero_shot_features
-from promptkit.errors import expect
+from promptkit.errors import expect, expect_templates
 from promptkit.method import register
 from promptkit.methods.coop import CoOp
 from promptkit.picture import Target
@@ -131,13 +131,7 @@ class KgCoOp(CoOp):
             clip, classnames, n_ctx=n_ctx, init=init, class_specific=class_specific
         )
         expect(lam >= 0, "lam", lam, "at least 0")
-        several = [template] if isinstance(template, str) else template
-        expect(
-            several is None or (len(several) > 0 and all("{}" in t for t in several)),
-            "template",
-            template,
-            "one sentence or more, each with {} for the class name",
-        )
+        expect_templates("template", template)
         self.lam = lam
 
     @cached_property

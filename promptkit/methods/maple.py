@@ -125,7 +125,7 @@ class MaPLe(Method):
 
     def text_edit(self):
         start = self.context.start
-        return Replace({i: (start, p) for i, p in enumerate(self.deep, start=1)})
+        return Replace.deep(start, self.deep)
 
     def image_prompt(self):
         return self.couple(self.context.vectors)  # (n, Dv)
@@ -133,7 +133,7 @@ class MaPLe(Method):
     def image_edit(self):
         behind = self.clip.image_tower.length  # the class token and the patches
         coupled = [A(p) for A, p in zip(self.couple_deep, self.deep, strict=True)]
-        return Replace({i: (behind, p) for i, p in enumerate(coupled, start=1)})
+        return Replace.deep(behind, coupled)
 
     def official_names(self):
         names = {

@@ -182,8 +182,7 @@ class PromptKD(Method):
         if not len(self.vision):
             return None
         behind = self.clip.image_tower.length  # the class token and the patches
-        deep = list(self.vision)[1:]
-        return Replace({i: (behind, p) for i, p in enumerate(deep, start=1)})
+        return Replace.deep(behind, self.vision[1:])
 
     def adapt(self, features):
         """P, (B, E) -> (B, E')."""

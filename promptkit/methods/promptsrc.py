@@ -19,7 +19,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from promptkit.errors import expect
+from promptkit.errors import expect, expect_templates
 from promptkit.method import register
 from promptkit.methods.ivlp import IVLP
 from promptkit.picture import Target
@@ -150,14 +150,7 @@ class PromptSRC(IVLP):
         for name, weight in weights.items():
             expect(weight >= 0, name, weight, "at least 0")
         expect(gpa_std > 0, "gpa_std", gpa_std, "above 0")
-        templates = self.option("templates")
-        fine = len(templates) > 0 and all("{}" in template for template in templates)
-        expect(
-            fine,
-            "templates",
-            templates,
-            "one sentence or more, each with {} in place of the class name",
-        )
+        expect_templates("templates", self.option("templates"))
         self.weights = tuple(weights.values())
         self.averaging, self.gpa_mean, self.gpa_std = averaging, gpa_mean, gpa_std
 

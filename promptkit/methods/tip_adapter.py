@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from promptkit.clip import zero_shot_features
 from promptkit.data import frozen_features, transform
 from promptkit.data.benchmark import ENSEMBLE
-from promptkit.errors import InputError, expect
+from promptkit.errors import InputError, expect, expect_templates
 from promptkit.heads import TrainedRows
 from promptkit.method import Method, register
 from promptkit.picture import Head, Picture, value
@@ -166,13 +166,7 @@ class TipAdapter(TrainedRows, Method):
         expect(
             fine, "search_step", search_step, "two numbers from 1, for beta and alpha"
         )
-        several = [template] if isinstance(template, str) else template
-        expect(
-            several is None or (len(several) > 0 and all("{}" in t for t in several)),
-            "template",
-            template,
-            "one sentence or more, each with {} for the class name",
-        )
+        expect_templates("template", template)
         self.passes, self.cache_size, self.search_step = passes, cache_size, search_step
         C = len(self.classnames)
         # Before any image is seen: a key of zeros a class, which favours none.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from promptkit.clip import FrozenCLIP, zero_shot_features
 from promptkit.data import frozen_features
-from promptkit.errors import InputError, expect
+from promptkit.errors import InputError, expect, expect_templates
 from promptkit.method import register
 from promptkit.methods.clip import CLIP
 from promptkit.methods.coop import CoOp
@@ -125,13 +125,7 @@ class UPL(CoOp):
             members,
             f"1 where all would start from init={init!r}",
         )
-        templates = self.templates
-        expect(
-            bool(templates) and all("{}" in t for t in templates),
-            "template",
-            template,
-            "one sentence or more, each with {} in place of the class name",
-        )
+        expect_templates("template", template)
         self.top_k, self.rule, self.threshold = top_k, rule, threshold
         self.backbones = list(backbones or [])
         first = self.context.vectors.detach()
