@@ -37,11 +37,14 @@ CORE = (
     "train",
     "data.features",
 )
+# What a method's file imports and no number stands on: tables, pictures, messages. The
+# parts of ``data`` that count are named above; texts have a hash of their own.
+ASIDE = ("data", "errors", "files", "picture", "published", "registry", "results")
 
 
 def of_code(spec: str) -> str:
-    """Hash of the code of a method, of its hosts and of the core they stand on: syntax
-    trees without docstrings.
+    """Hash of the code of a method, of its hosts, of what their files import and of the
+    core they stand on: syntax trees without docstrings.
 
     So a run is made again when a method changes, wherever it was defined, and not when
     somebody rewords a comment. The linear probe's is its module's.
@@ -62,7 +65,7 @@ def _class(cls) -> str:
         return ""  # part of the core
     loaded = sys.modules.get(module)
     if module != "__main__" and getattr(loaded, "__file__", None):
-        return _module(module)
+        return "".join(_module(name) for name in sorted(_imported(module)))
     return _typed(cls)
 
 
@@ -98,9 +101,34 @@ def _typed(cls) -> str:
 
 
 @cache
+def _imported(module: str) -> frozenset[str]:
+    """A module and those of the package that it imports, and they import, beyond the
+    core.
+    """
+    found, todo = set(), [module]
+    passed = {f"promptkit.{name}" for name in CORE}
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        for node in ast.walk(_tree(name)):
+            origin = node.module if isinstance(node, ast.ImportFrom) else None
+            if origin == "promptkit":
+                names = {f"promptkit.{alias.name}" for alias in node.names}
+            else:
+                names = {origin} if (origin or "").startswith("promptkit.") else set()
+            for other in names - found - passed:
+                if other.split(".")[1] not in ASIDE:
+                    todo.append(other)
+    return frozenset(found)
+
+
+@cache
 def _module(name: str) -> str:
-    source = inspect.getsource(import_module(name))
-    return _hash(ast.dump(_plain(ast.parse(source))))
+    return _hash(ast.dump(_plain(_tree(name))))
+
+
+def _tree(name):
+    return ast.parse(inspect.getsource(import_module(name)))
 
 
 def _plain(tree):

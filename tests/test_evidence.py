@@ -2,6 +2,7 @@
 filled, audited, and never mixed with what other code measured.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -212,6 +213,23 @@ def shipped(monkeypatch):
     if not len(rows):
         pytest.skip("no runs ship with the package yet")
     return rows
+
+
+def test_a_change_of_what_a_method_imports_takes_its_stamp_off(monkeypatch):
+    caches = identity._module, identity._imported
+    tree, other = identity._tree, ast.parse("x = 1")
+    before = {spec: identity.of_code(spec) for spec in ("qnet", "maple", "tpt")}
+    for helper, changed in (("quaternion", {"qnet"}), ("picture", set())):
+        name = f"promptkit.{helper}"
+        monkeypatch.setattr(
+            identity, "_tree", lambda n, name=name: other if n == name else tree(n)
+        )
+        for cached in caches:
+            cached.cache_clear()
+        now = {spec: identity.of_code(spec) for spec in before}
+        assert {spec for spec in before if now[spec] != before[spec]} == changed
+    for cached in caches:
+        cached.cache_clear()
 
 
 def test_every_shipped_method_is_stamped(shipped):
