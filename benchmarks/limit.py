@@ -25,6 +25,7 @@ that peak memory above rest is its own.
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -251,9 +252,9 @@ def measure(spec, classes, model, device, precision, steps) -> dict:
     network = open_clip.CLIP(**open_clip.get_model_config(model))
     clip = FrozenCLIP(network.to(device), name=model, precision=precision)
     names = open_clip.IMAGENET_CLASSNAMES[:classes]
-    dataset = described(toy_dataset(clip, names, shots=2))
-    setting = Setting("base-to-new", dataset.name, 2, "full")
-    ours = recipe(spec, setting)
+    ours = recipe(spec, Setting("base-to-new", "toy", 16, "full"))
+    shots = math.ceil(ours.batch_size * (steps + 1) / classes)
+    dataset = described(toy_dataset(clip, names, shots))
     stands = {
         name: build("coop", clip, names)  # a teacher of the same size
         for name, cls in objects(spec).items()
