@@ -34,7 +34,6 @@ from promptkit.files import cache_folder
 from promptkit.identity import of_code
 from promptkit.method import Method, register
 from promptkit.methods.kgcoop import PLAIN, TEMPLATES
-from promptkit.methods.promptkd import as_seen_by
 from promptkit.picture import Picture, Target, learned
 from promptkit.plugin import Plugin
 from promptkit.prompts import deep_prompts
@@ -249,6 +248,8 @@ class CasPL(Plugin):
         if self.taught_images is not None:
             return self.taught_images[batch.indices.to(self.taught_images.device)]
         teacher, images = self._teacher(), batch.images
+        if (teacher.mean, teacher.std) != (self.clip.mean, self.clip.std):
+            images = teacher.normalize(self.clip.denormalize(images))
         patches = (images.shape[-1] // teacher.model.visual.conv1.stride[0]) ** 2
         if patches + 1 != teacher.image_tower.length:
             raise InputError(
@@ -256,7 +257,7 @@ class CasPL(Plugin):
                 f" pixels and {self.clip.name!r} of {self.clip.image_size}: take a"
                 " teacher of the same size"
             )
-        return teacher.encode_image(as_seen_by(teacher, images, self.clip))
+        return teacher.image_tower(images)  # what exceeds its patches goes unread
 
     @cached_property
     def taught_text(self):
@@ -396,18 +397,12 @@ class CasPL(Plugin):
     @classmethod
     def recipe(cls, setting):
         """The published code's: the first stage, then the host's own training."""
-        teacher = "@ViT-L-14/openai" if setting.profile == "full" else "@mini-teacher"
         name = setting.host.names[-1] if setting.host else None
-        own = {}
-        if setting.transfer:
-            own = {"n_text": 4, "n_vision": 4, "depth": 3 if name == "cocoop" else 1}
-        first = Recipe(
-            hparams=own,
-            epochs=20,
-            batch_size=128 if setting.dataset == "imagenet" else 4,
-            lr=0.0025,
-            objects={"teacher": teacher},
-        )
+        depth = 3 if name == "cocoop" else 1
+        own = {"n_text": 4, "n_vision": 4, "depth": depth} if setting.transfer else {}
+        larger = "@ViT-L-14/openai" if setting.profile == "full" else "@mini-teacher"
+        objects, size = {"teacher": larger}, 128 if setting.dataset == "imagenet" else 4
+        first = Recipe(own, epochs=20, batch_size=size, lr=0.0025, objects=objects)
         if setting.host is None:
             return first
         host = setting.host.recipe
@@ -420,12 +415,8 @@ class CasPL(Plugin):
 
 def _adapting(host, given) -> dict:
     """Hyperparameters of a host from the published names of the adapting prompts."""
-    known, n, words = (
-        host.hyperparameters(),
-        given.get("n_adapt"),
-        given.get("ctx_init"),
-    )
-    depth = given.get("depth_adapt", given.get("depth"))
+    known, words = host.hyperparameters(), given.get("ctx_init")
+    n, depth = given.get("n_adapt"), given.get("depth_adapt", given.get("depth"))
     ours = {"n_ctx": given.get("n_adapt_text", n), "depth": depth}
     ours |= {"n_ctx_vision": given.get("n_adapt_vision", n), "depth_vision": depth}
     ours = {k: v for k, v in ours.items() if k in known and v is not None}
@@ -438,15 +429,13 @@ def _adapting(host, given) -> dict:
 
 def _beside(name, host, setting):
     """A host's recipe as the published code changes it beside boosting prompts."""
-    own, n, deep = host.hparams, {"n_ctx": 8}, {}
-    if setting.profile == "full":
-        deep = {"depth": 12}
+    n, deep = {"n_ctx": 8}, {"depth": 12} if setting.profile == "full" else {}
     if name == "maple":
         return replace(host, hparams=n | deep)
     if name == "promptsrc":
-        n |= {"n_ctx_vision": 8}
-        deep |= {f"{depth}_vision": J for depth, J in deep.items()}
-        return replace(host, hparams=own | n | ({} if setting.transfer else deep))
+        own = host.hparams | n | {"n_ctx_vision": 8}
+        both = deep | {f"{key}_vision": J for key, J in deep.items()}
+        return replace(host, hparams=own if setting.transfer else own | both)
     if name == "coop" and setting.transfer:
         return replace(host, epochs=10, batch_size=4, lr=0.0035)
     if name == "coop":
