@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from promptkit.clip import FrozenCLIP
 from promptkit.data import transform
@@ -26,6 +26,7 @@ from promptkit.method import Batch, Method, register
 from promptkit.methods.ivlp import IVLP, prompts
 from promptkit.methods.promptsrc import PromptSRC
 from promptkit.picture import Picture, Target, learned
+from promptkit.projector import flat, projector, projector_names
 from promptkit.prompts import deep_prompts
 from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
@@ -297,40 +298,6 @@ def divergence(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tens
     logits = (logits / temperature).log_softmax(dim=-1)
     total = F.kl_div(logits, target, reduction="sum", log_target=True)
     return temperature**2 * total / logits.numel()
-
-
-def projector(before: int, after: int, layers: int = 2) -> nn.Sequential:
-    """Linear layers (..., before) -> (..., after) with batch normalisation and ReLU
-    between them.
-    """
-    parts = [nn.Linear(before, after)]
-    for _ in range(layers - 1):
-        parts += [nn.BatchNorm1d(after), nn.ReLU(), nn.Linear(after, after)]
-    return nn.Sequential(*parts)
-
-
-def projector_names(official: str, ours: str, method: nn.Module) -> dict[str, str]:
-    """The official names of a projector's parameters and statistics."""
-    names = [name for name in method.state_dict() if name.startswith(f"{ours}.")]
-    return {
-        f"{official}.conv1.{name.removeprefix(f'{ours}.')}": name
-        for name in names
-        if not name.endswith("num_batches_tracked")
-    }
-
-
-def flat(state: dict[str, Tensor], method: Method) -> dict[str, Tensor]:
-    """A state dict of a method's own repository whose convolutions over one pixel are
-    linear layers, without the number of batches that were seen. Where statistics are
-    missing, they are the method's.
-    """
-    own, names = method.state_dict(), method.official_names()
-    statistics = {key: own[names[key]] for key in names if "running" in key}
-    return statistics | {
-        key: x.flatten(1) if x.dim() == 4 else x
-        for key, x in state.items()
-        if not key.endswith("num_batches_tracked")
-    }
 
 
 def as_seen_by(clip, images: Tensor, normalised_for) -> Tensor:

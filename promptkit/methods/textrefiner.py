@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from promptkit.errors import expect
 from promptkit.method import Method, register
-from promptkit.methods.promptkd import PromptKD, flat, projector, projector_names
+from promptkit.methods.promptkd import PromptKD
 from promptkit.picture import Bridge, Picture, learned
 from promptkit.plugin import Plugin
+from promptkit.projector import flat, projector, projector_names
 from promptkit.published import Published, transfer
 
 
