@@ -194,7 +194,10 @@ def as_many(said: dict[str, list[str]], n: int | None = None) -> dict[str, list[
     """
     none = [name for name, texts in said.items() if not texts]
     if none:
-        raise InputError(f"there are no sentences about {some(none)}")
+        raise InputError(
+            f"there are no sentences about {some(none)}: pass descriptions={{class"
+            " name: [sentence, ...]} for all classes"
+        )
     n = min(map(len, said.values()), default=0) if n is None else n
     return {
         name: [texts[i % len(texts)] for i in range(n)] for name, texts in said.items()
