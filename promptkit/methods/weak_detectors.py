@@ -30,7 +30,7 @@ from promptkit.methods.kgcoop import KgCoOp
 from promptkit.methods.prograd import ProGrad
 from promptkit.picture import Head, Picture
 from promptkit.plugin import Plugin, _owner
-from promptkit.published import Published, dataset_of, everywhere
+from promptkit.published import dataset_of, everywhere, usual
 from promptkit.train import reader
 
 PLAIN = "a photo of a {}."
@@ -119,17 +119,13 @@ class WeakDetectors(Plugin):
         "dataset": None,  # stands for its template
     }
     published = everywhere(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "VLPT-OOD: its scripts",
             "The host's own training: CoOp and ProGrad 50 epochs with 16 vectors,"
             " KgCoOp 100. The largest probability at W = 64.",
         )
     ) | {
-        "cross-dataset": Published(
-            ("ViT-B-16",),
-            (16,),
+        "cross-dataset": usual(
             "VLPT-OOD: its scripts",
             "The settings of domain generalization.",
             extrapolation=True,
