@@ -161,11 +161,9 @@ class TPT(Plugin):
         expect(step_size >= 0, "step_size", step_size, "at least 0")
         expect(decay >= 0, "decay", decay, "at least 0")
         expect(0.1 <= severity <= 10, "severity", severity, "from 0.1 to 10")
-        acts, unread = (
-            augmix is not False,
-            "left out where augmix=False distorts nothing",
-        )
-        expect(acts or severity == 1, "severity", severity, unread)
+        acts = augmix is not False or severity == 1
+        expected = "left out where augmix=False distorts nothing"
+        expect(acts, "severity", severity, expected)
         self.n_views, self.selection, self.steps = views, selection, steps
         self.step_size, self.decay, self.severity = step_size, decay, severity
 
