@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from promptkit.data import transform
+from promptkit.descriptions import linked
 from promptkit.errors import InputError
 from promptkit.method import Batch
 from promptkit.methods.tpt import marginal_entropy
-from promptkit.methods.waffleclip import linked
 from promptkit.prompts import Context, deep_prompts
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
