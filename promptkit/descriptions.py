@@ -179,6 +179,17 @@ def sentences_of(dataset) -> dict[str, list[str]]:
     return said
 
 
+def linked(descriptor: str) -> str:
+    """A visual descriptor as a clause, by Menon & Vondrick's rule: its first letters
+    decide, whatever they begin.
+    """
+    if descriptor.startswith(("a", "used")):
+        return f"which is {descriptor}"
+    if descriptor.startswith(("has", "often", "typically", "may", "can")):
+        return f"which {descriptor}"
+    return f"which has {descriptor}"
+
+
 def key_of(said: dict, classnames: list[str]) -> list[str | None]:
     """For each class the key of ``said`` that names it, None if none does."""
     keys = {same(key): key for key in said}

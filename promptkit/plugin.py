@@ -30,10 +30,6 @@ class Plugin(Method):
     supervision = "none"  # beyond its host's
     hosts: ClassVar[tuple[str, ...]] = ("coop",)  # those of its paper
     replaces: ClassVar[tuple[str, ...]] = ()
-    # What it extends if no host is named: a class with its hyperparameters, and whether
-    # such a host learns along (TCP's context) or stays as it is (TPT's words).
-    default_host: ClassVar[tuple[type[Method], dict] | None] = None
-    default_host_learns: ClassVar[bool] = False
 
     def __init__(self, clip, classnames, *, host: Method):
         super().__init__(clip, classnames)

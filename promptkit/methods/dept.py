@@ -25,11 +25,9 @@ from promptkit.method import Method, register
 from promptkit.methods.atprompt import with_dept
 from promptkit.picture import Head, Picture, learned
 from promptkit.plugin import Plugin
-from promptkit.published import Published
+from promptkit.published import usual
 
-RUN = Published(
-    ("ViT-B-16",),
-    (16,),
+RUN = usual(
     "DePT: its runs over each host",
     "10 epochs over CoOp, CoCoOp, KgCoOp and MaPLe, batches of 4 at 0.0035 (CoCoOp: 1"
     " at 0.002). Over PromptSRC, which is not in its repository, PromptSRC's own"

@@ -18,7 +18,7 @@ from promptkit.method import Method, register
 from promptkit.methods.maple import overwritten
 from promptkit.picture import Picture, learned
 from promptkit.prompts import deep_prompts, overwriting_context
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Replace
 
@@ -70,25 +70,20 @@ class IVLP(Method):
         "loss": None,  # described, never chosen: cross-entropy
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "PromptSRC: its configuration of IVLP",
             "PromptSRC's IVLP. The MaPLe paper's is another: 2+2 tokens, depth 12, rate"
             " 0.0035, 5 epochs; its deep language prompts are 4 tokens and its deep"
             " vision prompts 8, both of depth 12, rate 0.0025, 5 epochs.",
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (1, 2, 4, 8, 16),
+        "few-shot": usual(
             "PromptSRC: its few-shot runs",
             "PromptSRC's 50 epochs without its regularisers.",
+            shots=(1, 2, 4, 8, 16),
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "PromptSRC: its configuration `...ep20...cross_datasets`",
             "PromptSRC's depth 3 without its regularisers.",
             extrapolation=True,

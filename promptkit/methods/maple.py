@@ -17,7 +17,7 @@ from torch import nn
 from promptkit.method import Method, register
 from promptkit.picture import Bridge, Picture, learned, made
 from promptkit.prompts import deep_prompts, overwriting_context
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Replace
 
@@ -77,27 +77,15 @@ class MaPLe(Method):
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
-            "MaPLe: its base-to-new runs",
-            "The same.",
-        ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual("MaPLe: its base-to-new runs", "The same."),
+        "few-shot": usual(
             "MaPLe: its base-to-new runs",
             "The 5 epochs of base-to-new: on EuroSAT with one shot 10 steps, 2 of them"
             " at the warm-up rate. The few-shot numbers of later papers are theirs.",
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
-            "MaPLe: its cross-dataset runs",
-            "Depth 3, 2 epochs, rate 0.0026.",
-        )
+        usual("MaPLe: its cross-dataset runs", "Depth 3, 2 epochs, rate 0.0026.")
     )
 
     def __init__(
