@@ -14,8 +14,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from promptkit.files import write_atomically
-from promptkit.methods.ivlp import prompts
-from promptkit.prompts import Context, Template
+from promptkit.prompts import Context, Template, block_prompts
 from promptkit.towers import Prompt, Replace
 
 
@@ -36,8 +35,8 @@ class Boosting(nn.Module):
     def __init__(self, clip, n_text: int, n_vision: int, depth: int, words: str):
         super().__init__()
         self.__dict__["clip"] = clip
-        self.text = prompts(depth, n_text, clip.width)
-        self.vision = prompts(depth, n_vision, clip.vision_width)
+        self.text = block_prompts(depth, n_text, clip.width)
+        self.vision = block_prompts(depth, n_vision, clip.vision_width)
         ids = clip.encode(words)
         self.start = clip.embed(ids[:n_text]) if words else None
         self.behind = torch.tensor(ids[n_text:], dtype=torch.long)  # words that stay

@@ -11,12 +11,11 @@ projections in float32). As in the published code, two learned vectors take the 
 
 import copy
 
-import torch
 from torch import nn
 
 from promptkit.method import Method, register
 from promptkit.picture import Bridge, Picture, learned, made
-from promptkit.prompts import deep_prompts, overwriting_context
+from promptkit.prompts import block_prompts, deep_prompts, overwriting_context
 from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Replace
@@ -101,15 +100,11 @@ class MaPLe(Method):
         self.depth = deep_prompts(clip, depth, least=1)
         self.context = overwriting_context(clip, self.classnames, n_ctx, init)
         self.couple = nn.Linear(clip.width, clip.vision_width)
-        prompts = [
-            torch.empty(n_ctx, clip.width).normal_(0, 0.02)
-            for _ in range(self.depth - 1)
-        ]
-        self.deep = nn.ParameterList(prompts)
+        self.deep = block_prompts(self.depth - 1, n_ctx, clip.width)
         projection = nn.Linear(
             clip.width, clip.vision_width
         )  # all start equal, and part in training
-        self.couple_deep = nn.ModuleList(copy.deepcopy(projection) for _ in prompts)
+        self.couple_deep = nn.ModuleList(copy.deepcopy(projection) for _ in self.deep)
 
     def text_edit(self):
         start = self.context.start

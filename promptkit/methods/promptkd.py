@@ -23,11 +23,11 @@ from promptkit.clip import FrozenCLIP
 from promptkit.data import transform
 from promptkit.errors import InputError, expect
 from promptkit.method import Batch, Method, register
-from promptkit.methods.ivlp import IVLP, prompts
+from promptkit.methods.ivlp import IVLP
 from promptkit.methods.promptsrc import PromptSRC
 from promptkit.picture import Picture, Target, learned
 from promptkit.projector import flat, projector, projector_names
-from promptkit.prompts import deep_prompts
+from promptkit.prompts import block_prompts, deep_prompts
 from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
 
@@ -161,7 +161,7 @@ class PromptKD(Method):
         expect(n_ctx >= 1, "n_ctx_vision", n_ctx, "at least 1")
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self.distil = distil
-        self.vision = prompts(depth, n_ctx, clip.vision_width)
+        self.vision = block_prompts(depth, n_ctx, clip.vision_width)
         self.project = projector(clip.embed_dim, teacher.clip.embed_dim, layers)
         self._known = None  # what the teacher says of each training image
         self._told = None  # and of the last batch
