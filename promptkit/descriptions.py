@@ -185,6 +185,11 @@ def key_of(said: dict, classnames: list[str]) -> list[str | None]:
     return [keys.get(same(name)) for name in classnames]
 
 
+def said_of(said: dict, classnames: list[str]) -> list:
+    """For each class what ``said`` holds of it, None if nothing."""
+    return [said.get(key) for key in key_of(said, classnames)]
+
+
 def by_class(ours: dict, official: dict, classnames: list[str], *names: str) -> dict:
     """Hyperparameters of which some ``names`` may be lists in the order of the classes,
     as some configurations write them, as {class: texts}; behind them those of further

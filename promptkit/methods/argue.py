@@ -15,7 +15,6 @@ name the kinds of things that the datasets hold, which need not be the published
 """
 
 import copy
-from dataclasses import replace
 from functools import cached_property
 
 import open_clip
@@ -24,25 +23,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from promptkit.data import frozen_features
-from promptkit.descriptions import by_class, key_of
+from promptkit.descriptions import by_class, said_of
 from promptkit.errors import InputError, expect, expect_templates
 from promptkit.method import Method, register
 from promptkit.methods.coop import check_words
 from promptkit.methods.waffleclip import linked
 from promptkit.picture import Picture, Target, learned
 from promptkit.prompts import Context, Template
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.sampling import sampled
 from promptkit.towers import Edit
 
-RUN = Published(
-    ("ViT-B-16",),
-    (16,),
-    "ArGue: its base-to-new runs",
-    "300 epochs of batches of 32 at 0.032, 25 on ImageNet, with w and the layer norms."
-    " Its attributes were a language model's.",
-)
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES[:30]]
 TEMPLATES += [
     "a photo of a {}, a type of flower.",
@@ -168,15 +160,20 @@ class ArGue(Method):
         "new_negatives": None,
     }
     published = {
-        "base-to-new": RUN,
-        "few-shot": replace(
-            RUN, notes="The settings of base-to-new.", extrapolation=True
+        "base-to-new": usual(
+            "ArGue: its base-to-new runs",
+            "300 epochs of batches of 32 at 0.032, 25 on ImageNet, with w and the layer"
+            " norms. Its attributes were a language model's.",
+        ),
+        "few-shot": usual(
+            "ArGue: its base-to-new runs",
+            "The settings of base-to-new.",
+            extrapolation=True,
         ),
     } | transfer(
-        replace(
-            RUN,
-            source="ArGue: its runs on ImageNet",
-            notes="25 epochs. Cross-dataset numbers were not published.",
+        usual(
+            "ArGue: its runs on ImageNet",
+            "25 epochs. Cross-dataset numbers were not published.",
         )
     )
     official_dropped = (*Method.official_dropped, "class_text_features")
@@ -228,9 +225,9 @@ class ArGue(Method):
     @cached_property
     def pools(self) -> list[list[str]]:
         """All attributes of each class; its name where there are none."""
-        said = self.option("attributes")
-        keys = zip(key_of(said, self.classnames), self.classnames, strict=True)
-        return [list(said.get(key) or [name]) for key, name in keys]
+        said = said_of(self.option("attributes"), self.classnames)
+        pairs = zip(said, self.classnames, strict=True)
+        return [list(texts or [name]) for texts, name in pairs]
 
     def prepare(self, dataset, recipe, generator, stage):
         """Choose the attributes by the training images."""
@@ -281,9 +278,9 @@ class ArGue(Method):
     @cached_property
     def negated(self) -> Sentences:
         """The negative texts, class by class."""
-        given = self.hparams["negatives"] or {}
-        keys = zip(key_of(given, self.classnames), self.classnames, strict=True)
-        lists = [list(given.get(k) or [f"a background of {n}"]) for k, n in keys]
+        said = said_of(self.hparams["negatives"] or {}, self.classnames)
+        pairs = zip(said, self.classnames, strict=True)
+        lists = [list(texts or [f"a background of {name}"]) for texts, name in pairs]
         if len({*map(len, lists)}) > 1:
             raise InputError("negatives must hold equally many texts for each class")
         return Sentences(self.clip, sum(lists, []), self.context.length)
@@ -384,12 +381,8 @@ class ArGue(Method):
     def recipe(cls, setting):
         """The published code's."""
         short = setting.transfer or setting.dataset == "imagenet"
-        return Recipe(
-            epochs=25 if short else 300,
-            lr=0.032,
-            warmup_epochs=3 if short else 7,
-            clip_norm=1.0,
-        )
+        epochs, warmup = (25, 3) if short else (300, 7)
+        return Recipe(epochs=epochs, lr=0.032, warmup_epochs=warmup, clip_norm=1.0)
 
 
 def _texts(given) -> bool:

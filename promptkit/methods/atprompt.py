@@ -23,7 +23,7 @@ from promptkit.methods.coop import check_words
 from promptkit.picture import Picture, learned
 from promptkit.plugin import Plugin
 from promptkit.prompts import Context
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Edits, Replace
 
@@ -175,24 +175,18 @@ class ATPrompt(Plugin):
         "prompt_depth": None,
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "ATPrompt: its base-to-new runs",
             "Attributes, epochs and lengths by host and dataset, as its notes have"
             " them. Over hosts that its repository lacks, their own settings.",
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (16,),
+        "few-shot": usual(
             "ATPrompt: its base-to-new runs",
             "The settings of base-to-new.",
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "ATPrompt: its cross-dataset runs",
             "Over CoOp 10 epochs, CoCoOp 5, MaPLe 2 of depth 3; ImageNet's attributes"
             " on all targets, and all of their classes.",
