@@ -152,16 +152,13 @@ class Plugin(Method):
         return replace(theirs, hparams={"host": theirs.hparams})
 
 
-# What stands for a hook made of others: with one of its own, these go unread. The last
-# four a plug-in makes anew rather than pass on.
+# Hooks that a host may have whole, where its own is passed on; then these go unread.
 _COMPOSED = {
     "text_features": ("text_prompt", "text_edit"),
     "image_features": ("image_prompt", "image_edit"),
-    "encode": ("adapt", "image_features"),
-    "features": ("encode", "text_features"),
-    "forward": ("score", "features"),
-    "loss": ("criterion", "regularizer"),
 }
+# Hooks that a plug-in makes anew of others and never passes on.
+_ANEW = ("encode", "features", "forward", "loss")
 
 
 def _overrides(cls: type[Method], hook: str) -> bool:
@@ -170,19 +167,18 @@ def _overrides(cls: type[Method], hook: str) -> bool:
 
 def _owner(method: Method, hook: str) -> Method | None:
     """The outermost part of a nesting that has a hook of its own, if one does."""
-    for part in method.nest():
-        plugin = isinstance(part, Plugin)
-        if part.owns(hook) if plugin else _overrides(type(part), hook):
-            return part
-    return None
+    *plugins, inner = method.nest()
+    owners = [part for part in plugins if part.owns(hook)]
+    owners += [inner] if _overrides(type(inner), hook) else []
+    return owners[0] if owners else None
 
 
 def _check_host(plugin: type[Plugin], host: Method) -> None:
     lost = [hook for hook in plugin.replaces if _owner(host, hook)]
-    for whole, parts in _COMPOSED.items():
-        if _owner(host, whole) and not _overrides(plugin, whole):
-            unread = [part for part in parts if _overrides(plugin, part)]
-            lost += [whole] if unread or whole not in vars(Plugin) else []
+    for hook, parts in (_COMPOSED | dict.fromkeys(_ANEW)).items():
+        if _owner(host, hook) and not _overrides(plugin, hook):
+            unread = parts is None or any(_overrides(plugin, part) for part in parts)
+            lost += [hook] if unread else []
     if lost:
         raise InputError(
             f"{plugin.name} cannot extend {host.spec}, which has {lost[0]}() of its own"
