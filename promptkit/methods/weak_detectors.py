@@ -89,7 +89,7 @@ class WeakDetectors(Plugin):
             host's own, if it has one, or that of the dataset.
 
     Raises:
-        InputError: a hyperparameter does not fit.
+        InputError: a hyperparameter or the host does not fit.
     """
 
     name = "weak_detectors"
@@ -97,6 +97,7 @@ class WeakDetectors(Plugin):
     year = 2024
     paper = "2404.00603"
     kind = "test-time"
+    replaces = ("encode",)
     picture = Picture(
         heads=(Head("cosine with “a photo of a”", ("image",)),),
         fusion="at test time, image by image, the surer has more weight",
@@ -165,6 +166,10 @@ class WeakDetectors(Plugin):
         texts = [t.replace("{}", name) for t in several for name in self.classnames]
         features = self.clip.encode_text(texts)
         return features.unflatten(0, (len(several), -1)).mean(dim=0)
+
+    def owns(self, hook):
+        """Where features are mixed, the image features are the host's."""
+        return super().owns(hook) and not (hook == "encode" and self.mixes_features)
 
     # --- the mixture ------------------------------------------------------------------
 
