@@ -18,9 +18,9 @@ LAYERS = (
     "errors files frozen towers adapters weights clip mini_clip prompts boosting"
     " descriptions data views randaugment recipe published"
     " hyperparameters picture heads quaternion transport waffle lettering"
-    " method sets projector attributes plugin registry pretrain train probe results"
-    " identity runs evidence protocols workers grids tuning export testing parameters"
-    " plots diagram widgets pages chapter reproduce audit cli"
+    " method sets projector sampling plugin registry pretrain train attributes probe"
+    " results identity runs evidence protocols workers grids tuning export testing"
+    " parameters plots diagram widgets pages chapter reproduce audit cli"
 ).split()
 
 SECTION = """## `{name}`

@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from promptkit.data import frozen_features
-from promptkit.descriptions import by_class, said_of
+from promptkit.descriptions import by_class, linked, said_of
 from promptkit.errors import InputError, expect, expect_templates
 from promptkit.method import Method, register
 from promptkit.methods.coop import check_words
-from promptkit.methods.waffleclip import linked
 from promptkit.picture import Picture, Target, learned
 from promptkit.prompts import Context, Template
 from promptkit.published import transfer, usual

@@ -29,12 +29,12 @@ from promptkit.adapters import Adapter, Adapters
 from promptkit.data import transform
 from promptkit.errors import expect
 from promptkit.method import register
-from promptkit.methods.tpt import image_views, views_of
 from promptkit.picture import Picture
 from promptkit.prompts import assemble
 from promptkit.published import Published, everywhere
 from promptkit.recipe import Recipe
 from promptkit.sets import Sets
+from promptkit.views import image_views, views_of
 
 PLAIN = "a photo of a {}"
 # The published code's; elsewhere the dataset's own.
