@@ -30,6 +30,25 @@ def views_of(method, batch) -> Tensor:
     return torch.cat([method.views(x[None], generator) for x, generator in each])
 
 
+def drawn_views(
+    clip, images, n: int, mixes: bool, generator: torch.Generator, severity: float = 1
+) -> Tensor:
+    """Views (B, n, 3, S, S), normalised, of B images (3, H, W) uint8; see
+    :func:`image_views`. All that is random follows from the generator.
+    """
+    seed = int(torch.randint(2**31, (), generator=generator))
+    rng = np.random.RandomState(seed)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own
+        torch.manual_seed(seed)
+        views = [
+            image_views(
+                v2.functional.to_pil_image(x), n, clip.image_size, mixes, rng, severity
+            )
+            for x in images
+        ]
+    return clip.normalize(torch.stack(views))
+
+
 def image_views(
     image: Image.Image,
     n: int,

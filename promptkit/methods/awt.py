@@ -19,11 +19,9 @@ import re
 from functools import cached_property
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_pil_image
 
 from promptkit.adapters import Adapter, Adapters
 from promptkit.data import transform
@@ -34,7 +32,7 @@ from promptkit.prompts import assemble
 from promptkit.published import Published, everywhere
 from promptkit.recipe import Recipe
 from promptkit.sets import Sets
-from promptkit.views import image_views, views_of
+from promptkit.views import drawn_views, views_of
 
 PLAIN = "a photo of a {}"
 # The published code's; elsewhere the dataset's own.
@@ -252,15 +250,7 @@ class AWT(Sets):
             whole = [] if self.training else [transform(self.clip, images)]
             crops = [transform(self.clip, images, True, generator) for _ in range(n)]
             return torch.stack([*whole, *crops], dim=1)
-        seed = int(torch.randint(2**31, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own
-            torch.manual_seed(seed)
-            rng, size = np.random.RandomState(seed), self.clip.image_size
-            views = [
-                image_views(to_pil_image(x), self.n_views, size, False, rng)
-                for x in images
-            ]
-        return self.clip.normalize(torch.stack(views))
+        return drawn_views(self.clip, images, self.n_views, False, generator)
 
     def image_edit(self):
         return self.adapters["image"].edit() if "image" in self.adapters else None

@@ -16,11 +16,9 @@ feature without normalisation here.
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from promptkit.errors import InputError, expect, unknown
 from promptkit.method import Method, register
@@ -30,7 +28,7 @@ from promptkit.picture import Bridge, Picture, Target
 from promptkit.plugin import Plugin
 from promptkit.published import usual
 from promptkit.recipe import Recipe
-from promptkit.views import image_views, views_of
+from promptkit.views import drawn_views, views_of
 
 
 def mixes(dataset) -> bool:
@@ -171,18 +169,8 @@ class TPT(Plugin):
         """(B, V, 3, S, S), normalised, of B images (3, H, W) uint8, the centre crop
         first.
         """
-        size, mixes = self.clip.image_size, self.option("augmix")
-        seed = int(torch.randint(2**31, (), generator=generator))
-        rng = np.random.RandomState(seed)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own
-            torch.manual_seed(seed)
-            stacks = [
-                image_views(
-                    to_pil_image(x), self.n_views, size, mixes, rng, self.severity
-                )
-                for x in images
-            ]
-        return self.clip.normalize(torch.stack(stacks))
+        how = self.n_views, self.option("augmix"), generator, self.severity
+        return drawn_views(self.clip, images, *how)
 
     def forward(self, batch):
         if self.training:
