@@ -407,4 +407,5 @@ def _clean(notebook):
 
 
 def _progress(output) -> bool:
-    return output.get("name") == "stderr" and "\r" in output.get("text", "")
+    text = output.get("text", "")
+    return output.get("name") == "stderr" and ("\r" in text or not text.strip())
