@@ -179,10 +179,53 @@ def sentences_of(dataset) -> dict[str, list[str]]:
     return said
 
 
+def linked(descriptor: str) -> str:
+    """A visual descriptor as a clause, by Menon & Vondrick's rule: its first letters
+    decide, whatever they begin.
+    """
+    if descriptor.startswith(("a", "used")):
+        return f"which is {descriptor}"
+    if descriptor.startswith(("has", "often", "typically", "may", "can")):
+        return f"which {descriptor}"
+    return f"which has {descriptor}"
+
+
 def key_of(said: dict, classnames: list[str]) -> list[str | None]:
     """For each class the key of ``said`` that names it, None if none does."""
     keys = {same(key): key for key in said}
     return [keys.get(same(name)) for name in classnames]
+
+
+def said_of(said: dict, classnames: list[str]) -> list:
+    """For each class what ``said`` holds of it, None if nothing."""
+    return [said.get(key) for key in key_of(said, classnames)]
+
+
+def by_class(ours: dict, official: dict, classnames: list[str], *names: str) -> dict:
+    """Hyperparameters of which some ``names`` may be lists in the order of the classes,
+    as some configurations write them, as {class: texts}; behind them those of further
+    classes, "new_classnames", under "new_" and the name.
+
+    Args:
+        ours: hyperparameters by our names.
+        official: what the configuration holds.
+    """
+    every = [*classnames, *(official.get("new_classnames") or [])]
+    found = dict(ours)
+    for name in names:
+        if isinstance(ours.get(name), list):
+            texts = [*ours[name], *(official.get(f"new_{name}") or [])]
+            found[name] = dict(zip(every, texts, strict=False))
+    return found
+
+
+def nothing_said(spec: str, classnames: list[str]) -> InputError:
+    """The error for a method that learns from sentences, of classes without any."""
+    return InputError(
+        f"{spec} learns from sentences, and there are none about the classes"
+        f" {some(classnames)}: load the dataset with descriptions=FILE, or pass"
+        " descriptions={class: [sentence, ...]}"
+    )
 
 
 def as_many(said: dict[str, list[str]], n: int | None = None) -> dict[str, list[str]]:
@@ -194,7 +237,10 @@ def as_many(said: dict[str, list[str]], n: int | None = None) -> dict[str, list[
     """
     none = [name for name, texts in said.items() if not texts]
     if none:
-        raise InputError(f"there are no sentences about {some(none)}")
+        raise InputError(
+            f"there are no sentences about {some(none)}: pass descriptions={{class"
+            " name: [sentence, ...]} for all classes"
+        )
     n = min(map(len, said.values()), default=0) if n is None else n
     return {
         name: [texts[i % len(texts)] for i in range(n)] for name, texts in said.items()

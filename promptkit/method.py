@@ -162,7 +162,9 @@ class Method(nn.Module, metaclass=MethodType):
     supervision: ClassVar[str] = "shots"
     seeded: ClassVar[bool] = True  # whether anything in it is random
     plugin: ClassVar[bool] = False  # whether it takes a host=
-    default_host: ClassVar[tuple | None] = None
+    # What a plug-in extends if no host is named: a class with its hyperparameters, and
+    # whether such a host learns along (TCP's context) or stays as it is (TPT's words).
+    default_host: ClassVar[tuple[type["Method"], dict] | None] = None
     default_host_learns: ClassVar[bool] = False
     # Hyperparameters that follow the dataset where they are None: name -> what a
     # Dataset says, or None (no dataset yet). A method's texts are its own: the

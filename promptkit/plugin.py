@@ -23,17 +23,14 @@ class Plugin(Method):
         host: the method to extend. ``self.host`` holds it, its learnables included.
 
     Raises:
-        InputError: the host has a hook that the plug-in would leave out.
+        InputError: the host has a hook that the plug-in would leave out, or makes image
+            features of its own kind (KAPT, AWT).
     """
 
     plugin = True
     supervision = "none"  # beyond its host's
     hosts: ClassVar[tuple[str, ...]] = ("coop",)  # those of its paper
     replaces: ClassVar[tuple[str, ...]] = ()
-    # What it extends if no host is named: a class with its hyperparameters, and whether
-    # such a host learns along (TCP's context) or stays as it is (TPT's words).
-    default_host: ClassVar[tuple[type[Method], dict] | None] = None
-    default_host_learns: ClassVar[bool] = False
 
     def __init__(self, clip, classnames, *, host: Method):
         super().__init__(clip, classnames)
@@ -57,6 +54,10 @@ class Plugin(Method):
 
     def nest(self):
         return [self, *self.host.nest()]
+
+    def owns(self, hook: str) -> bool:
+        """Whether it has a hook of its own, which a plug-in around it must call."""
+        return _overrides(type(self), hook)
 
     @property
     def taught(self):
@@ -147,34 +148,33 @@ class Plugin(Method):
         return replace(theirs, hparams={"host": theirs.hparams})
 
 
-# What stands for a hook made of others: with one of its own, these go unread.
+# Hooks that a host may have whole, where its own is passed on; then these go unread.
 _COMPOSED = {
     "text_features": ("text_prompt", "text_edit"),
     "image_features": ("image_prompt", "image_edit"),
-    "forward": ("score", "adapt", "text_features", "image_features"),
-    "loss": ("criterion", "regularizer"),
 }
+# Hooks that a plug-in makes anew of others and never passes on.
+_ANEW = ("encode", "features", "forward", "loss")
+
+
+def _overrides(cls: type[Method], hook: str) -> bool:
+    return getattr(cls, hook) not in (getattr(Method, hook), getattr(Plugin, hook))
 
 
 def _owner(method: Method, hook: str) -> Method | None:
-    """The outermost part of a nesting whose class overrides a hook, if one does."""
-    plain = (getattr(Method, hook), getattr(Plugin, hook))
-    parts = method.nest()
-    return next((p for p in parts if getattr(type(p), hook) not in plain), None)
+    """The outermost part of a nesting that has a hook of its own, if one does."""
+    *plugins, inner = method.nest()
+    owners = [part for part in plugins if part.owns(hook)]
+    owners += [inner] if _overrides(type(inner), hook) else []
+    return owners[0] if owners else None
 
 
 def _check_host(plugin: type[Plugin], host: Method) -> None:
-    def overrides(hook):
-        return getattr(plugin, hook) not in (
-            getattr(Method, hook),
-            getattr(Plugin, hook),
-        )
-
     lost = [hook for hook in plugin.replaces if _owner(host, hook)]
-    for whole, parts in _COMPOSED.items():
-        if _owner(host, whole) and not overrides(whole):
-            unread = [part for part in parts if overrides(part)]
-            lost += [whole] if unread or whole in ("forward", "loss") else []
+    for hook, parts in (_COMPOSED | dict.fromkeys(_ANEW)).items():
+        if _owner(host, hook) and not _overrides(plugin, hook):
+            unread = parts is None or any(_overrides(plugin, part) for part in parts)
+            lost += [hook] if unread else []
     if lost:
         raise InputError(
             f"{plugin.name} cannot extend {host.spec}, which has {lost[0]}() of its own"

@@ -590,3 +590,10 @@ def deep_prompts(clip: FrozenCLIP, depth: int | None, least: int = 0) -> int:
             f" {depth}"
         )
     return depth
+
+
+def block_prompts(blocks: int, length: int, width: int) -> nn.ParameterList:
+    """A parameter (length, width) for each block, normal with std 0.02."""
+    return nn.ParameterList(
+        torch.empty(length, width).normal_(0, 0.02) for _ in range(blocks)
+    )

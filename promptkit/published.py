@@ -53,6 +53,20 @@ class Published:
         return f"published with {ran} ({self.source}), not with {' and '.join(unusual)}"
 
 
+def usual(
+    source: str,
+    notes: str = "",
+    *,
+    backbones: tuple[str, ...] = ("ViT-B-16",),
+    shots: tuple[int, ...] = (16,),
+    extrapolation: bool = False,
+) -> Published:
+    """A run with ViT-B/16 and 16 images a class, as most papers have it, or with what
+    is given.
+    """
+    return Published(backbones, shots, source, notes, extrapolation)
+
+
 # Datasets as CoOp's code and its copies call them.
 DATASETS = {
     "ImageNet": "imagenet",

@@ -392,10 +392,20 @@ def _own_kernel(folder):
 
 
 def _clean(notebook):
+    """Without what differs from one execution to the next and nobody reads afterwards:
+    papermill's notes, times, progress bars.
+    """
     for part in (notebook, *notebook.cells):
         part.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if not _progress(out)]
         if not cell.metadata.get("tags", True):
             del cell.metadata["tags"]
     return notebook
+
+
+def _progress(output) -> bool:
+    text = output.get("text", "")
+    return output.get("name") == "stderr" and ("\r" in text or not text.strip())

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -74,8 +76,9 @@ def fit(
     """Train a method on what it may learn from; the last epoch's parameters are its
     result.
 
-    Everything random comes from one generator seeded with ``seed``: the same seed gives
-    the same bits on one machine. A recipe with stages is followed stage by stage.
+    Everything random comes from ``seed``: the same seed gives the same bits on one
+    machine. A recipe with stages is followed stage by stage. Images that are augmented
+    are read ahead of the step by threads.
 
     Args:
         dataset: holds as many classes as the method aims at. The method sees no more of
@@ -142,8 +145,8 @@ def fit(
         name = method.spec + (f", stage {stage + 1}" if recipe.stages else "")
         left = math.inf if max_steps is None else max_steps
         _train(
-            method, given.train, part, optimizer, generator, history, first, left, keep,
-            name, progress,
+            method, given.train, part, optimizer, generator, (seed, stage), history,
+            first, left, keep, name, progress,
         )  # fmt: skip
     for name, p in method.named_parameters():
         if p.requires_grad and not p.isfinite().all():
@@ -169,12 +172,19 @@ def visible(method: Method, dataset):
 
 
 def _train(
-    method, split, recipe, optimizer, generator, history, first, most, keep, name,
+    method, split, recipe, optimizer, generator, key, history, first, most, keep, name,
     progress,
 ):  # fmt: skip
-    """One stage: its epochs from ``first`` on, up to ``most`` steps in all."""
+    """One stage: its epochs from ``first`` on, up to ``most`` steps in all.
+
+    What is drawn to read a batch (crops, flips, views) does not come from the generator
+    that steps draw from, so that a batch can be read ahead: each epoch's comes from the
+    run's seed, the stage and the epoch, which are ``key`` and its number.
+    """
     method.train()
-    read = reader(method, split, generator, recipe)
+    drawing = torch.Generator()
+    read = reader(method, split, generator, recipe, drawing)
+    each = ahead if recipe.augment else map  # what is in memory is there at once
     per_epoch = recipe.steps(len(split))
     steps = recipe.epochs * per_epoch
     done = history.steps - first * per_epoch  # before this stage
@@ -193,14 +203,15 @@ def _train(
             history.lrs.append(
                 learning_rate(recipe, epoch, share=epoch / recipe.epochs)
             )
+            drawing.manual_seed(_number(*key, epoch))
             batches = shuffled(len(split), recipe.batch_size, generator)
-            for indices in islice(batches, per_epoch):
+            for batch in each(read, islice(batches, per_epoch)):
                 if history.steps - done >= total:
                     break
                 share = (history.steps - done) / steps
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, epoch, group["peak_lr"], share)
-                batch = read(indices).to(method.clip.device)
+                batch = batch.to(method.clip.device)
                 optimizer.zero_grad(set_to_none=True)
                 loss = method.backward(batch).item()
                 if not math.isfinite(loss):
@@ -231,14 +242,38 @@ def shuffled(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Te
     )
 
 
+def _number(*parts: int) -> int:
+    """A seed made of several numbers."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+def ahead(read: Callable, batches: Iterable, most: int = 2) -> Iterator:
+    """``map(read, batches)`` in order, by a thread that is up to ``most`` batches
+    ahead: images are decoded and cropped while the device works.
+    """
+    reading, thread = deque(), ThreadPoolExecutor(1, "batches")
+    try:
+        for indices in batches:
+            reading.append(thread.submit(read, indices))
+            if len(reading) > most:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
 def reader(
     method: Method,
     split,
     generator: torch.Generator,
     recipe: Recipe | None = None,
+    drawing: torch.Generator | None = None,
 ) -> Callable[[Tensor], Batch]:
     """A function from positions (B,) in a split to a :class:`Batch` with what the
-    method reads, in training or, without a recipe, at test time.
+    method reads, in training or, without a recipe, at test time. Crops and views are
+    drawn from ``drawing``, by default the generator that the batch carries.
 
     Without augmentation, what the frozen image tower makes of the split comes from the
     feature cache; its local tokens are made once where they fit.
@@ -247,7 +282,7 @@ def reader(
     reads = method.reads if recipe else method.reads_at_test or method.reads
     reads = reads.split("+")
     crop = {"crop": recipe.crop} if augment else {}
-    kept = {}
+    drawing, kept = drawing or generator, {}
     if "features" in reads and not augment:
         kept["features"] = data.frozen_features(clip, split).to(clip.device)  # (N, E)
         patches = clip.image_tower.length - 1
@@ -266,14 +301,14 @@ def reader(
             return batch
         frozen = batch.features is not None
         if "views" in reads:
-            batch.views = method.views(split.images(indices), generator)
+            batch.views = method.views(split.images(indices), drawing)
         if (
             "images" in reads
             or ("features" in reads and not frozen)
             or ("tokens" in reads and batch.tokens is None)
         ):
             batch.images = data.transform(
-                clip, split.images(indices), augment=augment, generator=generator,
+                clip, split.images(indices), augment=augment, generator=drawing,
                 **crop,
             )  # fmt: skip
         return batch

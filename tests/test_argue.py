@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from promptkit.data import frozen_features
 from promptkit.errors import InputError
-from promptkit.methods.argue import TEMPLATES, kmeans, sampled
+from promptkit.methods.argue import TEMPLATES
 from promptkit.recipe import Setting
 from promptkit.registry import build, load_method, recipe
+from promptkit.sampling import kmeans, sampled
 from promptkit.testing import NAMES, batch_of, few_steps, toy_dataset
 
 CLEAN = [name.replace("_", " ") for name in NAMES]

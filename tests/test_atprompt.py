@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from promptkit.attributes import AttributeSearch, pool_of, search_attributes
 from promptkit.data import MINI_TASKS, base_new, load_dataset
 from promptkit.errors import InputError
 from promptkit.method import Batch
-from promptkit.methods.atprompt import AttributeSearch, pool_of, search_attributes
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
 from promptkit.testing import NAMES, batch_of, few_steps

@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linprog, minimize
 
+from promptkit.adapters import Adapter
 from promptkit.data import transform
 from promptkit.errors import InputError
 from promptkit.export import Deployed
 from promptkit.method import REGISTRY, Batch, register
-from promptkit.methods.awt import AWT, Adapter, entropy, entropy_with, sinkhorn
+from promptkit.methods.awt import AWT
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
+from promptkit.sets import entropy, entropy_with
 from promptkit.testing import NAMES, PROMISES, toy_dataset
 from promptkit.train import fit
+from promptkit.transport import sinkhorn
 
 SAID = {name: [f"{name} fact {i}." for i in range(5)] for name in NAMES}
 
@@ -203,7 +206,7 @@ def test_sentences_follow_the_dataset(tiny_clip, dataset, tmp_path):
     method.aim(replace(few, name="food101"))
     assert method.texts[4][0] == "a photo of a pug from Food101."
     method.aim(replace(dataset, descriptions={NAMES[0]: ["alone"]}))
-    with pytest.raises(InputError, match="there are none of 'green circle'"):
+    with pytest.raises(InputError, match="no sentences about 'green circle'"):
         method.text_features()
 
 

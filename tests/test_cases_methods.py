@@ -19,12 +19,13 @@ from promptkit.methods.ivlp import IVLP
 from promptkit.methods.kgcoop import KgCoOp
 from promptkit.methods.prograd import ProGrad
 from promptkit.methods.promptsrc import PromptSRC
-from promptkit.methods.tpt import OPERATIONS, TPT, image_views
+from promptkit.methods.tpt import TPT
 from promptkit.methods.waffleclip import READ_BY, WaffleCLIP
 from promptkit.published import PROTOCOLS
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, methods, recipe
 from promptkit.testing import NAMES, toy_dataset
+from promptkit.views import OPERATIONS, image_views
 
 
 @pytest.fixture(autouse=True)

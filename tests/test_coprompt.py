@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from promptkit.data import load_dataset
 from promptkit.errors import InputError
 from promptkit.method import Batch
-from promptkit.methods.coprompt import OPERATIONS, CoPrompt, augmented, sentences_of
+from promptkit.methods.coprompt import CoPrompt, sentences_of
+from promptkit.randaugment import OPERATIONS, augmented
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, recipe
 from promptkit.testing import NAMES, toy_dataset
@@ -83,7 +84,7 @@ def test_sentences_are_drawn_one_a_step_from_as_many_as_all_have(tiny_clip):
     assert method.bank.shape[1] == 1
     method.set_classes(["pug", "heron"])  # at test it needs no sentence
     assert method.logits(torch.randn(1, 3, 32, 32)).shape == (1, 2)
-    with pytest.raises(InputError, match="there are none of 'heron'"):
+    with pytest.raises(InputError, match="no sentences about 'heron'"):
         method.bank.sum()
 
 

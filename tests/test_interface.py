@@ -617,6 +617,22 @@ def test_a_plugin_that_replaces_a_hook_refuses_a_host_that_has_it(tiny_clip):
         build("tpt(dept(coop))", tiny_clip, NAMES)
 
 
+@pytest.mark.parametrize("plugin", ["dept", "tcp", "weak_detectors"])
+@pytest.mark.parametrize("hook", ["encode", "features"])
+def test_a_host_with_image_features_of_its_own_kind_is_refused(tiny_clip, plugin, hook):
+    """A plug-in makes the image features anew: KAPT's tokens, say, would be lost."""
+    own = {"name": "tokens", hook: lambda self, batch: pytest.fail("never asked")}
+    register(type("Tokens", (REGISTRY["coop"],), own))
+    if (plugin, hook) != ("weak_detectors", "encode"):
+        with pytest.raises(InputError, match=rf"{plugin} cannot extend tokens.*{hook}"):
+            build(f"{plugin}(tokens)", tiny_clip, NAMES)
+    for host in ("kapt", "apex", "awt", "coprompt"):
+        with pytest.raises(InputError):
+            build(f"{plugin}({host})", tiny_clip, NAMES)
+    with pytest.raises(InputError, match=r"dept cannot extend kapt.*encode\(\)"):
+        build("dept(kapt)", tiny_clip, NAMES)
+
+
 def test_a_plugin_over_a_plugin_over_a_context_can_be_tuned(tiny_clip):
     """TPT asks for a context, not for a class (ATPrompt over CoOp)."""
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from promptkit.errors import InputError
 from promptkit.export import Deployed
+from promptkit.lettering import colours, written
 from promptkit.method import Batch
-from promptkit.methods.logoprompt import colours, written
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
 from promptkit.testing import NAMES, toy_dataset
@@ -108,7 +108,7 @@ def test_the_best_guesses_are_tried_with_their_names(tiny_clip, monkeypatch):
 
 
 def test_many_names_are_encoded_in_chunks(tiny_clip, monkeypatch, capsys):
-    monkeypatch.setattr("promptkit.methods.logoprompt.CHUNK", 4)
+    monkeypatch.setattr("promptkit.lettering.CHUNK", 4)
     images = batch_for(tiny_clip).images
     method, whole = logoprompt(tiny_clip), logoprompt(tiny_clip)
     whole.keep = False

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from promptkit.data import transform
+from promptkit.descriptions import linked
 from promptkit.errors import InputError
 from promptkit.method import Batch
-from promptkit.methods.tpt import image_views, marginal_entropy
-from promptkit.methods.waffleclip import linked
+from promptkit.methods.tpt import marginal_entropy
 from promptkit.prompts import Context, deep_prompts
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
 from promptkit.testing import NAMES, toy_dataset
 from promptkit.train import fit
+from promptkit.views import image_views
 
 CLEAN = [name.replace("_", " ") for name in NAMES]
 

@@ -235,3 +235,13 @@ def test_widgets_are_kept_as_saved_state(book):
         "application/vnd.jupyter.widget-state+json"
         in nbformat.read(path, 4).metadata.widgets
     )
+
+
+def test_progress_bars_leave_no_trace(book):
+    """Warnings stay."""
+    bar = "import sys, time\nfrom tqdm import tqdm\nfor _ in tqdm(range(3)):\n    pass"
+    warning = "print('watch out', file=sys.stderr, flush=True)"
+    path = chapter(book / "notebooks", "04_cocoop.ipynb", bar, warning)
+    assert not execute_chapter(Job(path, path, {}, {})).error
+    shown = [cell.outputs for cell in nbformat.read(path, 4).cells[1:]]
+    assert shown[0] == [] and shown[1][0]["text"] == "watch out\n"

@@ -3,6 +3,7 @@ of odd methods.
 """
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from promptkit.plugin import Plugin
 from promptkit.recipe import Recipe, Setting, for_profile, learning_rate
 from promptkit.registry import build, from_official, load_method, recipe
 from promptkit.testing import NAMES
-from promptkit.train import DivergedError, History, accuracy, fit, shuffled
+from promptkit.train import DivergedError, History, accuracy, ahead, fit, shuffled
 
 
 @pytest.fixture(autouse=True)
@@ -541,3 +542,44 @@ def test_plugins_nest_save_and_scale_their_rates(
         build("head(shift)", tiny_clip, NAMES, weight="heavy")
     with pytest.raises(InputError, match="scale"):
         build("head(shift)", tiny_clip, NAMES, host={"scale": "big"})
+
+
+def test_batches_are_read_while_the_step_runs():
+    """In order, two ahead; what fails to be read fails in its turn."""
+    third = threading.Event()
+
+    def read(n):
+        if n == 3:
+            raise InputError("the third image is damaged")
+        if n == 2:
+            third.set()
+        return n
+
+    batches = ahead(read, range(5))
+    assert next(batches) == 0
+    assert third.wait(10)  # although nobody asked for it yet
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(InputError, match="third image"):
+        next(batches)
+
+
+def test_crops_do_not_depend_on_what_steps_draw(tiny_clip, dataset):
+    """A batch is the same whether or not a method draws noise before it."""
+
+    def watched(noise):
+        method, images = build("coop", tiny_clip, NAMES), []
+        backward = method.backward
+
+        def step(batch):
+            images.append(batch.images.clone())
+            if noise:
+                torch.rand(3, generator=batch.generator)
+            return backward(batch)
+
+        method.backward = step
+        fit(method, dataset, replace(QUICK, augment=True, epochs=1), progress=False)
+        return images
+
+    seen = [watched(noise) for noise in (False, True)]
+    assert len(seen[0]) > 1
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))

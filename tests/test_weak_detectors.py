@@ -115,9 +115,10 @@ def test_over_a_host_with_an_image_tower_of_its_own(tiny_clip, batch):
     s = torch.sigmoid(8 * (z.softmax(-1).amax(-1) - zero.softmax(-1).amax(-1)))[:, None]
     expected = (1 - s) * zero + s * z
     torch.testing.assert_close(method.logits(batch), expected, rtol=1e-3, atol=1e-3)
-    outer = build("dept(weak_detectors(maple))", tiny_clip, NAMES)
-    with pytest.raises(InputError, match="must be the outermost plug-in"):
-        outer.logits(batch)
+    with pytest.raises(InputError, match=r"cannot extend weak_det.*maple.*encode\(\)"):
+        build("dept(weak_detectors(maple))", tiny_clip, NAMES)
+    inner = build("dept(weak_detectors(coop))", tiny_clip, NAMES)  # mixes features
+    assert inner.logits(batch).shape == (len(batch), len(NAMES))
 
 
 def test_training_is_the_hosts(tiny_clip, batch):

@@ -15,11 +15,12 @@ LINE = re.compile(r"^\[modules: ([\w.]+)(?: -([\w.]+))?\]$", re.MULTILINE)
 
 # Each layer imports only from those before it, and a reader meets them in that order.
 LAYERS = (
-    "errors files frozen towers weights clip mini_clip prompts"
-    " descriptions data recipe published"
-    " hyperparameters picture method plugin registry train probe pretrain results"
-    " identity runs evidence protocols workers grids tuning export testing parameters"
-    " plots diagram widgets pages chapter reproduce audit cli"
+    "errors files frozen towers adapters weights clip mini_clip prompts boosting"
+    " descriptions data views randaugment recipe published"
+    " hyperparameters picture heads quaternion transport waffle lettering"
+    " method sets projector sampling plugin registry train attributes probe pretrain"
+    " results identity runs evidence protocols workers grids tuning export testing"
+    " parameters plots diagram widgets pages chapter reproduce audit cli"
 ).split()
 
 SECTION = """## `{name}`

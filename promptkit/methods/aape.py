@@ -19,9 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promptkit.clip import zero_shot_features
-from promptkit.descriptions import key_of, sentence_features, sentences_of
-from promptkit.errors import InputError, expect, expect_templates
-from promptkit.files import some
+from promptkit.descriptions import (
+    nothing_said,
+    said_of,
+    sentence_features,
+    sentences_of,
+)
+from promptkit.errors import expect, expect_templates
 from promptkit.method import Method, register
 from promptkit.methods.clip import CLIP
 from promptkit.picture import Bridge, Picture, learned
@@ -122,10 +126,7 @@ class AAPE(Method):
         bridges=(Bridge(learned("generator of $p$"), "image feature", "text out"),),
         note="in training a learned aggregator of sentences teaches the generator",
     )
-    from_dataset = {
-        "descriptions": sentences_of,
-        "template": CLIP.from_dataset["template"],
-    }
+    from_dataset = {"descriptions": sentences_of} | CLIP.from_dataset
     official_hyperparameters = {
         "heads": "heads",
         "generator_hidden": "hidden",
@@ -162,13 +163,11 @@ class AAPE(Method):
     ):
         super().__init__(clip, classnames)
         d = clip.embed_dim
-        for name, value_, least in (
-            ("sentences", sentences, 1),
-            ("heads", heads, 1),
-            ("distill", distill, 0),
-            ("reward", reward, 0),
-        ):
-            expect(value_ >= least, name, value_, f"at least {least}")
+        for name, value, least in (
+            ("sentences", sentences, 1), ("heads", heads, 1),
+            ("distill", distill, 0), ("reward", reward, 0),
+        ):  # fmt: skip
+            expect(value >= least, name, value, f"at least {least}")
         expect(d % heads == 0, "heads", heads, f"a divisor of the {d} of a feature")
         expect(hidden is None or hidden >= 1, "hidden", hidden, "at least 1")
         expect_templates("template", template)
@@ -180,12 +179,6 @@ class AAPE(Method):
             self.fusion.weight.copy_(torch.eye(d, 2 * d).roll(d, dims=1))
         self.aggregator = Aggregator(d, heads) if aggregate == "attention" else None
 
-    @property
-    def templates(self) -> list[str]:
-        """The sentences around the class names, as they stand."""
-        template = self.option("template")
-        return [template] if isinstance(template, str) else list(template)
-
     # --- training alone: the summary --------------------------------------------------
 
     @cached_property
@@ -193,16 +186,11 @@ class AAPE(Method):
         """Features (C, M, E) of the sentences about each class, normalised and padded
         to the longest list, and which of them are none, (C, M).
         """
-        said = self.option("descriptions")
-        keys = key_of(said, self.classnames)
-        lists = [list(said[key])[: self.sentences] if key else [] for key in keys]
+        said = said_of(self.option("descriptions"), self.classnames)
+        lists = [list(texts or [])[: self.sentences] for texts in said]
         silent = [n for n, x in zip(self.classnames, lists, strict=True) if not x]
         if silent:
-            raise InputError(
-                f"{self.spec} learns from sentences, and there are none about the"
-                f" classes {some(silent)}: load the dataset with descriptions=FILE, or"
-                " pass descriptions={class: [sentence, ...]}"
-            )
+            raise nothing_said(self.spec, silent)
         features = sentence_features(self.clip, [text for x in lists for text in x])
         each = features.split([len(x) for x in lists])
         padded = nn.utils.rnn.pad_sequence(list(each), batch_first=True)
@@ -260,7 +248,7 @@ class AAPE(Method):
 
     def text_features(self, image_features=None):
         """The templates' part of the class weights, W_t t, (C, E)."""
-        t = zero_shot_features(self.clip, self.classnames, self.templates)
+        t = zero_shot_features(self.clip, self.classnames, self.option("template"))
         return self.project(t)
 
     def project(self, templates: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from promptkit.method import Method, register
 from promptkit.methods.ivlp import IVLP
 from promptkit.picture import Picture, learned
 from promptkit.prompts import Context
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 
 
@@ -94,24 +94,18 @@ class APEX(IVLP):
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "APEX: its base-to-new runs",
             "Adadelta at 0.15, 15 epochs; of ImageNet 5, as the paper and a"
             " configuration say, where the released script runs 15. 20 seeds.",
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (16,),
+        "few-shot": usual(
             "APEX: its base-to-new runs",
             "The settings of base-to-new.",
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "APEX: its cross-dataset configuration",
             "Depth 3, Adadelta at 0.02, 6 epochs, batches of 32, no augmentation.",
         )

@@ -1,4 +1,5 @@
-"""ArGue: a class is the mean of what its attributes say.
+"""ArGue: a class is the mean of what its attributes say. Which of these stay is chosen
+in :mod:`promptkit.sampling`.
 
 ArGue: Attribute-Guided Prompt Tuning for Vision-Language Models; Tian et al., CVPR
 2024; arXiv 2311.16494. With ``neg_weight=3.0`` it is ArGue-N.
@@ -22,14 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from promptkit.data import frozen_features
-from promptkit.errors import InputError, expect
+from promptkit.descriptions import by_class, linked, said_of
+from promptkit.errors import InputError, expect, expect_templates
 from promptkit.method import Method, register
 from promptkit.methods.coop import check_words
-from promptkit.methods.waffleclip import linked
 from promptkit.picture import Picture, Target, learned
 from promptkit.prompts import Context, Template
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
+from promptkit.sampling import sampled
 from promptkit.towers import Edit
 
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES[:30]]
@@ -52,8 +54,7 @@ def attributes_of(dataset) -> dict[str, list[str]]:
 
 def templates_of(dataset) -> list[str]:
     """The 35; in the mini world, whose CLIP never read them, its own."""
-    mini = dataset is not None and dataset.world == "mini"
-    return list(dataset.templates) if mini else TEMPLATES
+    return list(dataset.templates) if dataset and dataset.world == "mini" else TEMPLATES
 
 
 class Norms(Edit):
@@ -63,10 +64,9 @@ class Norms(Edit):
         self.norms = norms
 
     def norm(self, layer, which, weight, bias):
-        if layer is None:
-            return weight, bias
-        own = self.norms[layer][which]
-        return own.weight, own.bias
+        if layer is not None:
+            weight, bias = self.norms[layer][which].parameters()
+        return weight, bias
 
 
 class Sentences:
@@ -159,24 +159,18 @@ class ArGue(Method):
         "new_negatives": None,
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "ArGue: its base-to-new runs",
             "300 epochs of batches of 32 at 0.032, 25 on ImageNet, with w and the layer"
             " norms. Its attributes were a language model's.",
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (16,),
+        "few-shot": usual(
             "ArGue: its base-to-new runs",
             "The settings of base-to-new.",
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "ArGue: its runs on ImageNet",
             "25 epochs. Cross-dataset numbers were not published.",
         )
@@ -211,45 +205,39 @@ class ArGue(Method):
             expect(fits, name, given, "a list of texts for each class name")
         fits = reg_names is None or _texts(reg_names)
         expect(fits, "reg_names", reg_names, "one class name or more")
-        fits = templates is None or (templates and all("{}" in t for t in templates))
-        expect(fits, "templates", templates, "one sentence or more, each with {}")
+        expect_templates("templates", templates)
         self.reg_weight, self.neg_weight, self.noise = weights.values()
         self.clusters = clusters
-        self.context = Context(
-            clip,
-            self.classnames,
-            length=n_ctx or (None if init else 4),
-            words=init or None,
-        )
-        w = torch.zeros(1, clip.embed_dim)
-        self.w = nn.Parameter(w) if correction else None
+        length = n_ctx or (None if init else 4)
+        self.context = Context(clip, self.classnames, length, init or None)
+        self.w = nn.Parameter(torch.zeros(1, clip.embed_dim)) if correction else None
         blocks = clip.model.visual.transformer.resblocks if tune_norms else ()
-        self.norms = nn.ModuleList(
-            nn.ModuleDict({which: _learning(getattr(block, which)) for which in LAYERS})
-            for block in blocks
-        )
+        theirs = [nn.ModuleDict({"ln_1": b.ln_1, "ln_2": b.ln_2}) for b in blocks]
+        norms = copy.deepcopy(nn.ModuleList(theirs))
+        self.norms = norms.float().requires_grad_()
         self.reads = "images" if tune_norms else "features"
         # Which attributes of each class trained on stay; -1 where there are fewer.
         self.register_buffer("kept", torch.zeros(0, max(clusters, 1), dtype=torch.long))
 
     # --- attributes -------------------------------------------------------------------
 
-    def pool(self, name: str) -> list[str]:
-        """All attributes of a class."""
-        said = {k.replace("_", " "): v for k, v in self.option("attributes").items()}
-        return list(said.get(name) or [name])
+    @cached_property
+    def pools(self) -> list[list[str]]:
+        """All attributes of each class; its name where there are none."""
+        said = said_of(self.option("attributes"), self.classnames)
+        pairs = zip(said, self.classnames, strict=True)
+        return [list(texts or [name]) for texts, name in pairs]
 
     def prepare(self, dataset, recipe, generator, stage):
         """Choose the attributes by the training images."""
         if self.clusters:
             features = frozen_features(self.clip, dataset.train).to(self.clip.device)
             labels = dataset.train.labels.to(self.clip.device)
-            self.kept = torch.full(
-                (len(self.classnames), self.clusters), -1, device=self.clip.device
-            )
-            for c, name in enumerate(self.classnames):
+            shape = (len(self.classnames), self.clusters)
+            self.kept = torch.full(shape, -1, device=self.clip.device)
+            for c, pool in enumerate(self.pools):
                 mine = features[labels == c][:100]
-                chosen = sampled(self.clip, self.pool(name), self.clusters, mine).chosen
+                chosen = sampled(self.clip, pool, self.clusters, mine).chosen
                 self.kept[c, : len(chosen)] = chosen
             self.set_classes(self.classnames)
         return dataset
@@ -257,13 +245,10 @@ class ArGue(Method):
     @cached_property
     def attributes(self) -> list[list[str]]:
         """J attributes of each class; a class that has fewer repeats its first."""
-        rows = {name: row for row, name in enumerate(self.trained_on)}
+        kept = dict(zip(self.trained_on, self.kept.tolist(), strict=False))
         lists = []
-        for name in self.classnames:
-            pool = self.pool(name)
-            row = rows.get(name, len(self.kept))
-            chosen = self.kept[row].tolist() if row < len(self.kept) else []
-            chosen = [i for i in chosen if 0 <= i < len(pool)]
+        for name, pool in zip(self.classnames, self.pools, strict=True):
+            chosen = [i for i in kept.get(name, []) if 0 <= i < len(pool)]
             if self.clusters and not chosen:
                 chosen = sampled(self.clip, pool, self.clusters).chosen.tolist()
             lists.append([pool[i] for i in chosen] if self.clusters else pool)
@@ -275,13 +260,8 @@ class ArGue(Method):
     @cached_property
     def said(self) -> Sentences:
         """The attributes, class by class."""
-        texts = sum(self.attributes, [])
-        return self._behind_context([text.replace("_", " ") for text in texts])
-
-    @cached_property
-    def named(self) -> Sentences:
-        """The names of the classes that the first regulariser runs over."""
-        return self._behind_context(self.names)
+        texts = [text.replace("_", " ") for text in sum(self.attributes, [])]
+        return Sentences(self.clip, texts, self.context.length)
 
     @property
     def names(self) -> list[str]:
@@ -290,17 +270,19 @@ class ArGue(Method):
         return [name.replace("_", " ") for name in names]
 
     @cached_property
+    def named(self) -> Sentences:
+        """These names."""
+        return Sentences(self.clip, self.names, self.context.length)
+
+    @cached_property
     def negated(self) -> Sentences:
         """The negative texts, class by class."""
-        given = self.hparams["negatives"] or {}
-        given = {name.replace("_", " "): texts for name, texts in given.items()}
-        lists = [given.get(n) or [f"a background of {n}"] for n in self.classnames]
+        said = said_of(self.hparams["negatives"] or {}, self.classnames)
+        pairs = zip(said, self.classnames, strict=True)
+        lists = [list(texts or [f"a background of {name}"]) for texts, name in pairs]
         if len({*map(len, lists)}) > 1:
             raise InputError("negatives must hold equally many texts for each class")
-        return self._behind_context(sum(map(list, lists), []))
-
-    def _behind_context(self, texts):
-        return Sentences(self.clip, texts, self.context.length)
+        return Sentences(self.clip, sum(lists, []), self.context.length)
 
     @cached_property
     def references(self):
@@ -352,20 +334,17 @@ class ArGue(Method):
         total, noise, source = 0.0, 0.0, batch.generator
         if self.reg_weight:
             if self.training and self.noise and torch.rand((), generator=source) < 0.5:
-                shape = self.references.shape
-                drawn = self.noise * torch.randn(shape, generator=source)
-                noise = drawn.to(self.references.device)
+                drawn = torch.randn(self.references.shape, generator=source)
+                noise = (self.noise * drawn).to(self.references.device)
             total = total + self.reg_weight * self.text_to_text(noise)
         if self.neg_weight:
             total = total + self.neg_weight * self.text_to_bias(image)
         return total
 
     def param_groups(self, recipe):
-        norms = list(self.norms.parameters())
         own = [p for name, p in self.named_parameters() if not name.startswith("norms")]
-        return [{"params": own}, {"params": norms, "lr": 0.1 * recipe.lr}][
-            : 2 if norms else 1
-        ]
+        norms = list(self.norms.parameters())
+        return [{"params": own}, {"params": norms, "lr": 0.1 * recipe.lr}]
 
     # --- the published code -----------------------------------------------------------
 
@@ -389,13 +368,11 @@ class ArGue(Method):
         new classes, ``new_classnames``; the regulariser runs over both.
         """
         ours = {"clusters": 0, "noise": 0.0} | cls.official_hparams(hyperparameters)
-        new = hyperparameters.get("new_classnames") or []
-        for name in ("attributes", "negatives"):
-            if isinstance(ours.get(name), list):
-                texts = [*ours[name], *(hyperparameters.get(f"new_{name}") or [])]
-                ours[name] = dict(zip([*classnames, *new], texts, strict=False))
+        lists = ("attributes", "negatives")
+        ours = by_class(ours, hyperparameters, classnames, *lists)
         if "n_ctx" in ours and len((ours.get("init") or "").split()) != ours["n_ctx"]:
             ours["init"] = ""
+        new = hyperparameters.get("new_classnames") or []
         ours["reg_names"] = [*classnames, *new]
         return cls(clip, classnames, **ours, **objects)
 
@@ -403,86 +380,11 @@ class ArGue(Method):
     def recipe(cls, setting):
         """The published code's."""
         short = setting.transfer or setting.dataset == "imagenet"
-        return Recipe(
-            epochs=25 if short else 300,
-            lr=0.032,
-            warmup_epochs=3 if short else 7,
-            clip_norm=1.0,
-        )
-
-
-LAYERS = ("ln_1", "ln_2")
-
-
-def _learning(module: nn.Module) -> nn.Module:
-    """A copy that learns."""
-    return copy.deepcopy(module).float().requires_grad_()
+        epochs, warmup = (25, 3) if short else (300, 7)
+        return Recipe(epochs=epochs, lr=0.032, warmup_epochs=warmup, clip_norm=1.0)
 
 
 def _texts(given) -> bool:
     """Whether it is a list of texts, one or more."""
     listed = isinstance(given, list | tuple) and len(given) > 0
     return listed and all(isinstance(text, str) and text.strip() for text in given)
-
-
-# --- sampling -------------------------------------------------------------------------
-
-
-class Sample:
-    """Which of J attributes stay, and why.
-
-    Attributes:
-        features: (J, E), normalised, of the bare texts.
-        labels: (J,), the cluster of each.
-        centroids: (n, E), means of normalised features, not normalised themselves.
-        scores: (J,), how well each fits.
-        chosen: of each cluster the position of the best, clusters in order of their
-            first member.
-    """
-
-    def __init__(self, features, labels, centroids, scores):
-        self.features, self.labels = features, labels
-        self.centroids, self.scores = centroids, scores
-        best = []
-        for cluster in dict.fromkeys(labels.tolist()):
-            members = (labels == cluster).nonzero()[:, 0]
-            best.append(members[scores[members].argmax()])
-        self.chosen = torch.stack(best)
-
-
-@torch.no_grad()
-def sampled(clip, texts: list[str], n: int, images=None) -> Sample:
-    """The attributes of a class that stay, at most n, one a cluster: the one that the
-    class's images agree with most, or without images the one nearest to its centroid.
-
-    Args:
-        texts: J attributes.
-        images: (K, E), frozen features of images of the class.
-    """
-    features = F.normalize(clip.encode_text(list(texts)), dim=-1)
-    labels, centroids = kmeans(features, n)
-    if images is None or len(images) == 0:
-        centres = F.normalize(centroids, dim=-1)[labels]  # (J, E)
-        scores = clip.logit_scale * (features * centres).sum(-1)
-    else:
-        images = F.normalize(images.float(), dim=-1)
-        scores = (clip.logit_scale * features @ images.T).mean(dim=1)
-    return Sample(features, labels, centroids, scores)
-
-
-def kmeans(x, n: int, iterations: int = 100, tolerance: float = 1e-4):
-    """Clusters of unit vectors x (J, E) by cosine, from the first n of them on; a
-    cluster that loses all its members has a centroid of zeros.
-
-    Returns:
-        Labels (J,) and centroids (n, E).
-    """
-    centroids = x[:n].clone()
-    for _ in range(iterations):
-        labels = (x @ F.normalize(centroids, dim=-1, eps=1e-8).T).argmax(dim=1)
-        one_hot = F.one_hot(labels, len(centroids)).to(x.dtype)  # (J, n)
-        before, counts = centroids, one_hot.sum(dim=0)[:, None]
-        centroids = one_hot.T @ x / counts.clamp(min=1)
-        if (centroids - before).square().sum() <= tolerance:
-            break
-    return labels, centroids

@@ -19,49 +19,37 @@ positions, so their order is nothing to it: here the boosting prompts come last.
 """
 
 import json
-import warnings
 from dataclasses import asdict, replace
+from functools import cached_property
 from hashlib import sha256
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
-from torch import nn
 
+from promptkit.boosting import Boosting
 from promptkit.clip import FrozenCLIP, check_classnames, zero_shot_features
 from promptkit.data.features import frozen_features
 from promptkit.errors import InputError, expect
-from promptkit.files import cache_folder, write_atomically
+from promptkit.files import cache_folder
 from promptkit.identity import of_code
 from promptkit.method import Method, register
-from promptkit.methods.ivlp import prompts
+from promptkit.methods.kgcoop import PLAIN, TEMPLATES
 from promptkit.picture import Picture, Target, learned
 from promptkit.plugin import Plugin
-from promptkit.prompts import Template, deep_prompts
+from promptkit.prompts import deep_prompts
 from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
-from promptkit.towers import Edits, Replace
+from promptkit.towers import Edits
 
 SEED = 1  # of the first stage, whose result all seeds of the second share
-PLAIN = "a photo of a {}."
-TEMPLATES = {  # the teacher's, by dataset
-    "oxford_pets": "a photo of a {}, a type of pet.",
-    "oxford_flowers": "a photo of a {}, a type of flower.",
-    "food101": "a photo of {}, a type of food.",
-    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
-    "dtd": "{} texture.",
-    "eurosat": "a centered satellite photo of {}.",
-    "ucf101": "a photo of a person doing {}.",
-}
+TAUGHT = TEMPLATES | {"dtd": "{} texture."}  # the teacher's, by dataset
 
 
 def template_of(dataset) -> str:
     """The teacher's prompt on a dataset; in the mini world the dataset's own."""
     if dataset is not None and dataset.world == "mini":
         return dataset.template
-    return TEMPLATES.get(dataset.name, PLAIN) if dataset else PLAIN
+    return TAUGHT.get(dataset.name, PLAIN) if dataset else PLAIN
 
 
 class Bare(Method):
@@ -72,58 +60,6 @@ class Bare(Method):
     name, title, seeded = "bare", "CLIP", False
     context = None
     picture = Picture(text=("SOS", "[class]", ".", "EOT"))
-
-
-class Boosting(nn.Module):
-    """Tokens at the input of the first J blocks of both towers.
-
-    Attributes:
-        text: J parameters (n, D).
-        vision: J parameters (n', Dv).
-    """
-
-    def __init__(self, clip, n_text: int, n_vision: int, depth: int, words: str):
-        super().__init__()
-        self.text = prompts(depth, n_text, clip.width)
-        self.vision = prompts(depth, n_vision, clip.vision_width)
-        ids = clip.encode(words)
-        self.start = clip.embed(ids[:n_text]) if words else None
-        self.behind = torch.tensor(ids[n_text:], dtype=torch.long)  # words that stay
-        self.draw(None)
-
-    @torch.no_grad()
-    def draw(self, generator) -> None:
-        """Initial values: normal, std 0.02, and words in the first text block."""
-        for p in self.parameters():
-            p.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator))
-        if self.start is not None:
-            self.text[0].copy_(self.start)
-
-    def edit(self, tower: str, position: int) -> Replace:
-        """Tokens of the blocks behind the first, at ``position``."""
-        return Replace.deep(position, getattr(self, tower)[1:])
-
-
-class Beside:
-    """What a context becomes that has boosting prompts between it and the class name;
-    stands before the context's own class.
-    """
-
-    def pattern(self, names):
-        *before, name = super().pattern(names)
-        return [*before, len(self.boosting.text[0]), name]
-
-    def set_classes(self, classnames):
-        super().set_classes(classnames)
-        self.template.__class__ = Filled
-        self.template.boosting = self.boosting
-
-
-class Filled(Template):
-    """A template whose last learned segment is known."""
-
-    def __call__(self, *tokens, **options):
-        return super().__call__(*tokens, self.boosting.text[0], **options)
 
 
 @register
@@ -250,21 +186,18 @@ class CasPL(Plugin):
             expect(x > 0, name, x, "above 0")
         fine = template is None or "{}" in template
         expect(fine, "template", template, "a sentence with {} for the class name")
-        words = "a photo of a" if init is None and n_text <= 4 else init or ""
-        words = words.replace("_", " ") if n_text <= 4 else ""
+        words = "a photo of a" if init is None else init.replace("_", " ")
+        words = words if n_text <= 4 else ""
         fits = not words or len(clip.encode(words)) >= n_text
         expect(fits, "init", init, f"at least the {n_text} tokens that learn")
         self.boosting = Boosting(clip, n_text, n_vision, depth, words)
         self.temperature, self.weight, self.freeze = temperature, weight, freeze
-        self.__dict__["teacher"], self._alone = teacher, None
-        innermost = host.nest()[-1]
-        self.bare = getattr(innermost, "context", None) is None
+        self.__dict__["teacher"] = teacher
+        context = getattr(host.nest()[-1], "context", None)
+        self.bare = context is None
         if not self.bare:
-            context = innermost.context
             expect(context.position == "end", "position", context.position, "'end'")
-            context.__class__ = type("Beside", (Beside, type(context)), {})
-            context.__dict__["boosting"] = self.boosting
-            context.set_classes(context.template.classnames)
+            self.boosting.enter(context)
         self.single = isinstance(host, Bare)  # the first stage is all there is
         self._second()
 
@@ -272,16 +205,8 @@ class CasPL(Plugin):
 
     def text_prompt(self, image_features=None):
         if self.bare:
-            return self._prompt(self.classnames)
+            return self.boosting.prompt(self.classnames)
         return super().text_prompt(image_features)
-
-    def _prompt(self, names):
-        """Of the boosting prompts alone, for other names too."""
-        if self._alone is None or self._alone.classnames != names:
-            stay = [self.boosting.behind] if len(self.boosting.behind) else []
-            pattern = [len(self.boosting.text[0]), *stay, "{}."]
-            self._alone = Template(self.clip, names, pattern)
-        return self._alone(self.boosting.text[0])
 
     def text_edit(self):
         start = 1 if self.bare else self.context.template.starts[-1]
@@ -306,14 +231,14 @@ class CasPL(Plugin):
 
     def divergence(self, batch):
         """L_1, ()."""
-        T, clip, names = self.temperature, self.clip, self.pool_names or self.classnames
-        behind = clip.image_tower.length
-        text = clip.text(self._prompt(names), self.boosting.edit("text", 1))[0]
-        edit = self.boosting.edit("vision", behind)
-        image = clip.image(batch.images, self.boosting.vision[0], edit)
-        ours = (Method.score(self, image, text) / T).log_softmax(dim=-1)
-        theirs = Method.score(self, self.taught_image(batch), self.taught_text(names))
-        theirs = (theirs / T).log_softmax(dim=-1)
+        T, names = self.temperature, self.pool_names or self.classnames
+        pairs = (
+            self.boosting.features(batch.images, names),
+            (self.taught_image(batch), self.taught_text),
+        )
+        ours, theirs = (
+            (Method.score(self, *pair) / T).log_softmax(dim=-1) for pair in pairs
+        )
         divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
         return self.weight * T**2 * divergence
 
@@ -325,8 +250,8 @@ class CasPL(Plugin):
         teacher, images = self._teacher(), batch.images
         if (teacher.mean, teacher.std) != (self.clip.mean, self.clip.std):
             images = teacher.normalize(self.clip.denormalize(images))
-        side = images.shape[-1] // teacher.model.visual.conv1.stride[0]
-        if side**2 + 1 != teacher.image_tower.length:
+        patches = (images.shape[-1] // teacher.model.visual.conv1.stride[0]) ** 2
+        if patches + 1 != teacher.image_tower.length:
             raise InputError(
                 f"the teacher {teacher.name!r} reads images of {teacher.image_size}"
                 f" pixels and {self.clip.name!r} of {self.clip.image_size}: take a"
@@ -334,13 +259,11 @@ class CasPL(Plugin):
             )
         return teacher.image_tower(images)  # what exceeds its patches goes unread
 
-    def taught_text(self, names):
+    @cached_property
+    def taught_text(self):
         """The teacher's class features, (C, E')."""
-        if self.taught_texts is None or self.taught_texts[0] != names:
-            template = self.option("template")
-            features = zero_shot_features(self._teacher(), names, template)
-            self.taught_texts = names, features
-        return self.taught_texts[1]
+        names = self.pool_names or self.classnames
+        return zero_shot_features(self._teacher(), names, self.option("template"))
 
     def _teacher(self):
         if self.teacher is None:
@@ -367,13 +290,14 @@ class CasPL(Plugin):
         given = replace(dataset, train=pool)
         self.first, self.reads = True, "images"
         self.pool_names = check_classnames(names, allow_duplicates=True)
+        vars(self).pop("taught_text", None)
         self.kept, self.found = None, recipe.epochs == 0
         if self.found:
             return given
         generator.manual_seed(SEED)
         self.boosting.requires_grad_(True).draw(generator)
         self.kept = self._artefact(pool, recipe)
-        self.found = self._read()
+        self.found = self.boosting.read(self.kept)
         teacher = self._teacher()
         same_size = teacher.image_size == self.clip.image_size
         if not (self.found or recipe.augment) and same_size:
@@ -384,7 +308,8 @@ class CasPL(Plugin):
         """Aim at the host's own training; boosting prompts alone have none."""
         host = self.host
         self.first, self.found, self.kept = self.single, False, None
-        self.pool_names = self.taught_images = self.taught_texts = None
+        self.pool_names = self.taught_images = None
+        vars(self).pop("taught_text", None)
         self.boosting.requires_grad_(self.single or not self.freeze)
         self.reads, self.reads_at_test = (
             reads if "images" in reads else reads.replace("features", "images")
@@ -396,30 +321,19 @@ class CasPL(Plugin):
         names, hyperparameters, recipe and code.
         """
         own = ("n_text", "n_vision", "init", "temperature", "weight")
-        about = {name: self.hparams[name] for name in own}
-        about |= {"depth": len(self.boosting.text), "template": self.option("template")}
-        for clip in (self.clip, self._teacher()):
-            about[f"clip {len(about)}"] = clip.fingerprint, clip.precision
-        about |= {"pool": pool.identity, "names": self.pool_names}
-        about |= {"recipe": asdict(replace(recipe, hparams={}, objects={}, stages=()))}
-        about |= {"seed": SEED, "code": of_code("caspl")}
+        clips = self.clip, self._teacher()
+        about = {name: self.hparams[name] for name in own} | {
+            "depth": len(self.boosting.text),
+            "template": self.option("template"),
+            "clips": [(clip.fingerprint, clip.precision) for clip in clips],
+            "pool": pool.identity,
+            "names": self.pool_names,
+            "recipe": asdict(replace(recipe, hparams={}, objects={}, stages=())),
+            "seed": SEED,
+            "code": of_code("caspl"),
+        }
         key = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
         return cache_folder("boosting") / f"{key}.safetensors"
-
-    def _read(self) -> bool:
-        """Take over the boosting prompts that are kept; whether there are any."""
-        if not self.kept.exists():
-            return False
-        try:
-            self.boosting.load_state_dict(load_file(self.kept))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            warnings.warn(
-                f"damaged boosting prompts {self.kept} ({str(error).splitlines()[0]}):"
-                " learning them again",
-                stacklevel=4,
-            )
-            return False
-        return True
 
     def param_groups(self, recipe):
         if self.first:
@@ -440,10 +354,7 @@ class CasPL(Plugin):
                 for p, value in zip(self.boosting.parameters(), kept, strict=True):
                     p.copy_(value)
         elif epoch == recipe.epochs - 1 and self.kept is not None:
-            state = self.boosting.state_dict()
-            state = {name: p.cpu().contiguous() for name, p in state.items()}
-            data = safetensors_bytes(state)
-            write_atomically(self.kept, lambda file: file.write(data))
+            self.boosting.write(self.kept)
 
     def finish(self, dataset, recipe, generator):
         self._second()
@@ -463,9 +374,8 @@ class CasPL(Plugin):
             deep = f"transformer.resblocks.{i}.VPT_shallow_FIRST"
             text = f"text_encoder.{deep}" if i else "prompt_learner_teacher.ctx"
             names[text] = f"boosting.text.{i}"
-            names[f"image_encoder.{deep if i else 'VPT_FIRST'}"] = (
-                f"boosting.vision.{i}"
-            )
+            image = f"image_encoder.{deep if i else 'VPT_FIRST'}"
+            names[image] = f"boosting.vision.{i}"
         return names
 
     @classmethod
@@ -487,18 +397,12 @@ class CasPL(Plugin):
     @classmethod
     def recipe(cls, setting):
         """The published code's: the first stage, then the host's own training."""
-        teacher = "@ViT-L-14/openai" if setting.profile == "full" else "@mini-teacher"
         name = setting.host.names[-1] if setting.host else None
-        own = {}
-        if setting.transfer:
-            own = {"n_text": 4, "n_vision": 4, "depth": 3 if name == "cocoop" else 1}
-        first = Recipe(
-            hparams=own,
-            epochs=20,
-            batch_size=128 if setting.dataset == "imagenet" else 4,
-            lr=0.0025,
-            objects={"teacher": teacher},
-        )
+        depth = 3 if name == "cocoop" else 1
+        own = {"n_text": 4, "n_vision": 4, "depth": depth} if setting.transfer else {}
+        larger = "@ViT-L-14/openai" if setting.profile == "full" else "@mini-teacher"
+        objects, size = {"teacher": larger}, 128 if setting.dataset == "imagenet" else 4
+        first = Recipe(own, epochs=20, batch_size=size, lr=0.0025, objects=objects)
         if setting.host is None:
             return first
         host = setting.host.recipe
@@ -511,48 +415,31 @@ class CasPL(Plugin):
 
 def _adapting(host, given) -> dict:
     """Hyperparameters of a host from the published names of the adapting prompts."""
-    known, ours = host.hyperparameters(), {}
-    lengths = {"n_ctx": "n_adapt_text", "n_ctx_vision": "n_adapt_vision"}
-    for name, official in lengths.items():
-        n = given.get(official, given.get("n_adapt"))
-        ours |= {name: n} if name in known and n is not None else {}
-    depth = given.get("depth_adapt", given.get("depth"))
-    if depth is not None:
-        ours |= {n: depth for n in ("depth", "depth_vision") if n in known}
-    words, n = given.get("ctx_init"), ours.get("n_ctx")
-    if "depth" in known:  # deep prompts take words only where they are short
-        return ours | (
-            {} if words is None else {"init": words if (n or 1) <= 4 else ""}
-        )
-    return ours | {"init": words or ""} | ({"n_ctx": None} if words else {})
+    known, words = host.hyperparameters(), given.get("ctx_init")
+    n, depth = given.get("n_adapt"), given.get("depth_adapt", given.get("depth"))
+    ours = {"n_ctx": given.get("n_adapt_text", n), "depth": depth}
+    ours |= {"n_ctx_vision": given.get("n_adapt_vision", n), "depth_vision": depth}
+    ours = {k: v for k, v in ours.items() if k in known and v is not None}
+    if "depth" not in known:
+        return ours | {"init": words or ""} | ({"n_ctx": None} if words else {})
+    if words is not None:  # deep prompts take words only where they are short
+        ours["init"] = words if ours.get("n_ctx", 1) <= 4 else ""
+    return ours
 
 
 def _beside(name, host, setting):
     """A host's recipe as the published code changes it beside boosting prompts."""
-    deep = {"depth": 12} if setting.profile == "full" else {}
-    if setting.transfer:
-        changes = {
-            "coop": ({"init": "a photo of a"}, 10, 4, 0.0035),
-            "cocoop": ({"init": "a photo of a"}, 10, 1, 0.002),
-            "maple": ({"n_ctx": 8} | deep, 2, 4, 0.0026),
-            "promptsrc": (
-                host.hparams
-                | {"n_ctx": 8, "n_ctx_vision": 8, "depth": 3, "depth_vision": 3},
-                20, 4, 0.0025,
-            ),
-        }  # fmt: skip
-    else:
-        both = {f"{k}_vision": v for k, v in deep.items()} | deep
-        changes = {
-            "coop": ({"n_ctx": 8}, 50, 32, 0.002),
-            "cocoop": ({"n_ctx": 8, "init": ""}, 10, 1, 0.002),
-            "maple": ({"n_ctx": 8} | deep, 5, 4, 0.0035),
-            "promptsrc": (
-                host.hparams | {"n_ctx": 8, "n_ctx_vision": 8} | both,
-                host.epochs, 4, 0.0025,
-            ),
-        }  # fmt: skip
-    if name not in changes:
-        return host
-    hparams, epochs, batch_size, lr = changes[name]
-    return replace(host, hparams=hparams, epochs=epochs, batch_size=batch_size, lr=lr)
+    n, deep = {"n_ctx": 8}, {"depth": 12} if setting.profile == "full" else {}
+    if name == "maple":
+        return replace(host, hparams=n | deep)
+    if name == "promptsrc":
+        own = host.hparams | n | {"n_ctx_vision": 8}
+        both = deep | {f"{key}_vision": J for key, J in deep.items()}
+        return replace(host, hparams=own if setting.transfer else own | both)
+    if name == "coop" and setting.transfer:
+        return replace(host, epochs=10, batch_size=4, lr=0.0035)
+    if name == "coop":
+        return replace(host, hparams=n, epochs=50)
+    if name == "cocoop" and not setting.transfer:
+        return replace(host, hparams=n | {"init": ""})
+    return host

@@ -21,7 +21,7 @@ from promptkit.data.benchmark import TABLE
 from promptkit.errors import InputError, expect, expect_templates
 from promptkit.method import Method, register
 from promptkit.picture import Picture, learned
-from promptkit.published import Published, dataset_of, transfer
+from promptkit.published import Published, dataset_of, transfer, usual
 from promptkit.recipe import Recipe
 
 PLAIN = "a photo of a {}."
@@ -93,16 +93,12 @@ class CLIPAdapter(Method):
             " momentum and weight decay, which are not told, are CoOp's. Share 0.2,"
             " the published code's; the paper's best is up to 0.8 on some datasets.",
         ),
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "CLIP-Adapter: as run in the APEX paper",
             "Adadelta at 0.25, 50 epochs, batches of 16.",
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "CLIP-Adapter: as run in the APEX paper",
             "The settings of base-to-new: those of its transfer runs are not told.",
             extrapolation=True,

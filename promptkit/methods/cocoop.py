@@ -17,7 +17,7 @@ from promptkit.method import Method, register
 from promptkit.methods.coop import CoOp, check_words, words_first
 from promptkit.picture import Bridge, learned
 from promptkit.prompts import Context
-from promptkit.published import Published
+from promptkit.published import usual
 from promptkit.recipe import PROTOCOLS, Recipe
 
 
@@ -79,9 +79,7 @@ class CoCoOp(Method):
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
-        protocol: Published(
-            ("ViT-B-16",),
-            (16,),
+        protocol: usual(
             "CoOp: its runs of CoCoOp",
             "The same 10 epochs of single images.",
             extrapolation=protocol == "few-shot",

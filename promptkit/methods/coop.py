@@ -13,7 +13,7 @@ from promptkit.errors import expect
 from promptkit.method import Method, register
 from promptkit.picture import Picture, learned
 from promptkit.prompts import Context
-from promptkit.published import Published, transfer
+from promptkit.published import Published, transfer, usual
 from promptkit.recipe import Recipe
 
 
@@ -68,16 +68,12 @@ class CoOp(Method):
             "16 random vectors, the class name at the end. The documented runs and"
             " figures are RN50's.",
         ),
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "CoOp: as run in the CoCoOp paper",
             '4 vectors from "a photo of a", 200 epochs, of ImageNet 50.',
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "CoOp: as run in the CoCoOp paper",
             "4 vectors from words, 50 epochs, which every later table quotes; CoOp's"
             " own script has 16 random vectors.",

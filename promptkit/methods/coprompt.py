@@ -20,20 +20,17 @@ import warnings
 from functools import cached_property
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as pil
 
-from promptkit.data.names import same
+from promptkit.descriptions import as_many, key_of
 from promptkit.errors import InputError, expect
 from promptkit.method import register
 from promptkit.methods.maple import MaPLe
 from promptkit.picture import Bridge, Picture, Target, learned, made
 from promptkit.published import Published, transfer
+from promptkit.randaugment import augmented
 from promptkit.recipe import Recipe
 
 PLAIN = "a photo of a {}."
@@ -181,21 +178,15 @@ class CoPrompt(MaPLe):
             depth = min(len(clip.text_tower.blocks), len(clip.image_tower.blocks))
         super().__init__(clip, classnames, n_ctx=n_ctx, depth=depth, init=init)
         expect(lam >= 0, "lam", lam, "at least 0")
-        expect(
-            1 <= reduction <= clip.embed_dim,
-            "reduction",
-            reduction,
-            f"from 1 to the {clip.embed_dim} of a feature",
-        )
-        for name, ratio in {
-            "image_ratio": image_ratio,
-            "text_ratio": text_ratio,
-        }.items():
-            expect(0 <= ratio <= 1, name, ratio, "from 0 to 1")
+        E = clip.embed_dim
+        fits = 1 <= reduction <= E
+        expect(fits, "reduction", reduction, f"from 1 to the {E} of a feature")
+        expect(0 <= image_ratio <= 1, "image_ratio", image_ratio, "from 0 to 1")
+        expect(0 <= text_ratio <= 1, "text_ratio", text_ratio, "from 0 to 1")
         self.lam, self.consistency = lam, consistency
         self.image_ratio, self.text_ratio = image_ratio, text_ratio
-        self.adapter_image = bottleneck(clip.embed_dim, reduction)
-        self.adapter_text = bottleneck(clip.embed_dim, reduction)
+        self.adapter_image = bottleneck(E, reduction)
+        self.adapter_text = bottleneck(E, reduction)
 
     # --- adapters, in training and at test --------------------------------------------
 
@@ -226,22 +217,15 @@ class CoPrompt(MaPLe):
         """Frozen features of the sentences, (N, C, E), normalised, computed when
         training first asks.
         """
-        said = {
-            same(name): texts for name, texts in self.option("descriptions").items()
+        names = self.classnames
+        said = self.option("descriptions") or {
+            n: [PLAIN.replace("{}", n)] for n in names
         }
-        if not said:
-            said = {same(name): [PLAIN.replace("{}", name)] for name in self.classnames}
-        lacking = [name for name in self.classnames if not said.get(same(name))]
-        if lacking:
-            raise InputError(
-                f"coprompt learns from sentences about each class, and there are none"
-                f" of {lacking[0]!r}: pass descriptions={{class name: [sentence, ...]}}"
-                " for all classes"
-            )
-        lists = [said[same(name)] for name in self.classnames]
-        N = min(map(len, lists))
-        texts = [texts[k] for k in range(N) for texts in lists]
-        features = self.clip.encode_text(texts).view(N, len(lists), -1)
+        keys = zip(names, key_of(said, names), strict=True)
+        about = as_many({name: said.get(key, []) for name, key in keys})
+        rows = zip(*(about[name] for name in names), strict=True)
+        texts = [text for row in rows for text in row]  # N for each of C
+        features = self.clip.encode_text(texts).unflatten(0, (-1, len(names)))
         return F.normalize(features, dim=-1)
 
     def sentence(self, batch) -> int:
@@ -283,8 +267,7 @@ class CoPrompt(MaPLe):
         names = super().official_names()
         for adapter in ("adapter_image", "adapter_text"):
             for layer in (0, 2):
-                ours = f"{adapter}.{layer}.weight"
-                names[f"{adapter}.fc.{layer}.weight"] = ours
+                names[f"{adapter}.fc.{layer}.weight"] = f"{adapter}.{layer}.weight"
         return names
 
     @classmethod
@@ -315,64 +298,3 @@ def bottleneck(features: int, reduction: int) -> nn.Sequential:
         nn.Linear(narrow, features, bias=False),
         nn.ReLU(),
     )
-
-
-def augmented(image, clip, generator):
-    """An image (3, H, W) uint8 squeezed to S x S, then two random operations: (3, S, S)
-    uint8.
-    """
-    size = [clip.image_size] * 2
-    x = pil.resize(pil.to_pil_image(image), size, InterpolationMode(clip.interpolation))
-    operations = list(OPERATIONS.values())
-    for n in torch.randint(len(operations), (2,), generator=generator).tolist():
-        x = operations[n](x, torch.rand(3, generator=generator).tolist())
-    return pil.pil_to_tensor(x)
-
-
-def _warp(image, *matrix):
-    return image.transform(image.size, Image.Transform.AFFINE, matrix)
-
-
-def _sign(random):
-    return -1 if random[0] > 0.5 else 1
-
-
-def _solarize_add(image):
-    """36.67 is added to every value, then those from 128 on are inverted."""
-    pixels = np.asarray(image).astype(int) + 110 / 3
-    return ImageOps.solarize(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), 128)
-
-
-def _cutout(image, random):
-    """A grey square at a random place."""
-    side, image = 40 / 3 * image.width / 224, image.copy()
-    x = int(max(0, random[1] * image.width - side / 2))
-    y = int(max(0, random[2] * image.height - side / 2))
-    box = (x, y, min(image.width, x + side), min(image.height, y + side))
-    ImageDraw.Draw(image).rectangle(box, (125, 123, 114))
-    return image
-
-
-# RandAugment at magnitude 10 of 30: (image, three numbers from 0 to 1) -> image
-OPERATIONS = {
-    "autocontrast": lambda x, u: ImageOps.autocontrast(x),
-    "equalize": lambda x, u: ImageOps.equalize(x),
-    "invert": lambda x, u: ImageOps.invert(x),
-    "rotate": lambda x, u: x.rotate(_sign(u) * 10),
-    "posterize": lambda x, u: ImageOps.posterize(x, 5),
-    "solarize": lambda x, u: ImageOps.solarize(x, 256 / 3),
-    "solarize_add": lambda x, u: _solarize_add(x),
-    "color": lambda x, u: ImageEnhance.Color(x).enhance(0.7),
-    "contrast": lambda x, u: ImageEnhance.Contrast(x).enhance(0.7),
-    "brightness": lambda x, u: ImageEnhance.Brightness(x).enhance(0.7),
-    "sharpness": lambda x, u: ImageEnhance.Sharpness(x).enhance(0.7),
-    "shear_x": lambda x, u: _warp(x, 1, _sign(u) * 0.1, 0, 0, 1, 0),
-    "shear_y": lambda x, u: _warp(x, 1, 0, 0, _sign(u) * 0.1, 1, 0),
-    "cutout": lambda x, u: _cutout(x, u),
-    "translate_x": lambda x, u: _warp(
-        x, 1, 0, _sign(u) * 100 / 3 * x.width / 224, 0, 1, 0
-    ),
-    "translate_y": lambda x, u: _warp(
-        x, 1, 0, 0, 0, 1, _sign(u) * 100 / 3 * x.height / 224
-    ),
-}

@@ -22,14 +22,11 @@ from torch import nn
 from promptkit.errors import InputError, expect
 from promptkit.heads import TrainedRows
 from promptkit.method import Method, register
-from promptkit.methods.atprompt import with_dept
 from promptkit.picture import Head, Picture, learned
 from promptkit.plugin import Plugin
-from promptkit.published import Published
+from promptkit.published import usual
 
-RUN = Published(
-    ("ViT-B-16",),
-    (16,),
+RUN = usual(
     "DePT: its runs over each host",
     "10 epochs over CoOp, CoCoOp, KgCoOp and MaPLe, batches of 4 at 0.0035 (CoCoOp: 1"
     " at 0.002). Over PromptSRC, which is not in its repository, PromptSRC's own"
@@ -222,9 +219,10 @@ class DePT(TrainedRows, Plugin):
             "maple": {"n_ctx": 2},
         }
         if setting.host.names == ("atprompt", "coop"):
-            n_ctx, lam = with_dept(setting.dataset)
-            published["coop"] = {"n_ctx": n_ctx}
-            own = {"lam": lam, "lr_factor": 1.0}
+            short = setting.dataset in ("oxford_pets", "stanford_cars")
+            published["coop"] = {"n_ctx": 2 if short else 4}
+            lam = {"caltech101": 0.6, "dtd": 0.6, "stanford_cars": 0.6, "ucf101": 0.5}
+            own = {"lam": lam.get(setting.dataset, 0.7), "lr_factor": 1.0}
         if name in published:
             batch_size, lr = (1, 0.002) if name == "cocoop" else (4, 0.0035)
             depth = len(setting.host.names) - 1

@@ -10,15 +10,12 @@ Deviations: everything is float32 by default, where the papers' runs keep CLIP's
 and the context in half precision (the other prompts in float32).
 """
 
-import torch
-from torch import nn
-
 from promptkit.errors import expect
 from promptkit.method import Method, register
 from promptkit.methods.maple import overwritten
 from promptkit.picture import Picture, learned
-from promptkit.prompts import deep_prompts, overwriting_context
-from promptkit.published import Published, transfer
+from promptkit.prompts import block_prompts, deep_prompts, overwriting_context
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Replace
 
@@ -70,25 +67,20 @@ class IVLP(Method):
         "loss": None,  # described, never chosen: cross-entropy
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "PromptSRC: its configuration of IVLP",
             "PromptSRC's IVLP. The MaPLe paper's is another: 2+2 tokens, depth 12, rate"
             " 0.0035, 5 epochs; its deep language prompts are 4 tokens and its deep"
             " vision prompts 8, both of depth 12, rate 0.0025, 5 epochs.",
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (1, 2, 4, 8, 16),
+        "few-shot": usual(
             "PromptSRC: its few-shot runs",
             "PromptSRC's 50 epochs without its regularisers.",
+            shots=(1, 2, 4, 8, 16),
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "PromptSRC: its configuration `...ep20...cross_datasets`",
             "PromptSRC's depth 3 without its regularisers.",
             extrapolation=True,
@@ -123,8 +115,8 @@ class IVLP(Method):
         self.context = (
             overwriting_context(clip, self.classnames, n_ctx, init) if text else None
         )
-        self.deep = prompts(text - 1, n_ctx, clip.width)
-        self.vision = prompts(vision, n_ctx_vision, clip.vision_width)
+        self.deep = block_prompts(text - 1, n_ctx, clip.width)
+        self.vision = block_prompts(vision, n_ctx_vision, clip.vision_width)
         if not vision:  # the image tower's features are CLIP's own, and can be cached
             self.reads = self.reads_at_test = "features"
 
@@ -178,10 +170,3 @@ class IVLP(Method):
         hparams = {"depth": 3, "depth_vision": 3} if transfer else {}
         epochs = 50 if setting.protocol == "few-shot" else 20
         return Recipe(hparams=hparams, epochs=epochs, batch_size=4, lr=0.0025)
-
-
-def prompts(blocks: int, length: int, width: int) -> nn.ParameterList:
-    """A parameter (length, width) for each block, normal with std 0.02."""
-    return nn.ParameterList(
-        torch.empty(length, width).normal_(0, 0.02) for _ in range(blocks)
-    )

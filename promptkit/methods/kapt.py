@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import nn
 
+from promptkit.descriptions import by_class, said_of
 from promptkit.errors import expect
 from promptkit.method import Method, register
 from promptkit.picture import Bridge, Picture, Target, learned, made
 from promptkit.prompts import Context, Template
-from promptkit.published import Published
-from promptkit.recipe import PROTOCOLS, Recipe
+from promptkit.published import Published, everywhere
+from promptkit.recipe import Recipe
 
 WORDS, TOKENS = 12, 20  # the most that a summary of our making has
 
@@ -162,16 +163,15 @@ class KAPT(Method):
         "new_descriptions": None,
         "new_summaries": None,
     }
-    published = {
-        protocol: Published(
+    published = everywhere(
+        Published(
             (),
             (16,),
             "KAPT: a reconstruction",
             "The settings are CoOp's, of 50 epochs, and not the paper's.",
             extrapolation=True,
         )
-        for protocol in PROTOCOLS
-    }
+    )
 
     def __init__(
         self,
@@ -195,46 +195,45 @@ class KAPT(Method):
         expect(fits, "heads", heads, f"a divisor of the {clip.embed_dim} features")
         expect(scale is None or scale > 0, "scale", scale, "above 0")
         for name, given in (("descriptions", descriptions), ("summaries", summaries)):
-            said = [
-                text for texts in (given or {}).values() for text in sentences(texts)
-            ]
-            fits = all(isinstance(text, str) for text in said)
+            texts = sum(map(sentences, (given or {}).values()), [])
+            fits = all(isinstance(text, str) for text in texts)
             expect(fits, name, given, "a dictionary of texts by class name")
         self.discrete, self.pooling, self.scale = discrete, head, scale
         self.context = SummaryContext(clip, self.classnames, n_ctx)
-        self.prompter = (
-            Prompter(clip.embed_dim, bottleneck, n_ctx, clip.width)
-            if continuous
-            else None
-        )
+        sizes = clip.embed_dim, bottleneck, n_ctx, clip.width
+        self.prompter = Prompter(*sizes) if continuous else None
         self.head = None if head == "none" else Head(clip.embed_dim, heads)
         self.reads = "features" if head == "none" else "features+tokens"
 
     # --- what is known of the classes -------------------------------------------------
 
+    def told(self, texts: dict) -> list[str]:
+        """What texts say of each class, in one; empty where they say nothing."""
+        return [" ".join(sentences(x or "")) for x in said_of(texts, self.classnames)]
+
     @property
     def knowledge(self) -> list[str]:
         """K_c: the text of each class, its bare name where nothing is said of it."""
-        known = by_name(self.option("descriptions"))
-        return [" ".join(sentences(known.get(n, ""))) or n for n in self.classnames]
+        told = zip(self.told(self.option("descriptions")), self.classnames, strict=True)
+        return [text or name for text, name in told]
 
     @property
     def summary(self) -> list[str]:
         """S_c of each class, empty where nothing is said of it."""
+        if not self.discrete:
+            return [""] * len(self.classnames)
         if self.hparams["summaries"] is not None:
-            given = by_name(self.hparams["summaries"])
-            said = [" ".join(sentences(given.get(n, ""))) for n in self.classnames]
-        else:
-            pairs = zip(self.classnames, self.knowledge, strict=True)
-            said = [summarised(text, name, self.clip.encode) for name, text in pairs]
-        return said if self.discrete else [""] * len(said)
+            return self.told(self.hparams["summaries"])
+        pairs = zip(self.knowledge, self.classnames, strict=True)
+        return [summarised(text, name, self.clip.encode) for text, name in pairs]
 
     def set_classes(self, classnames):
         """Aim at other classes and what is known of them."""
         super().set_classes(classnames)
-        known = by_name(self.option("descriptions"))
-        lacking = [name for name in self.classnames if not known.get(name)]
-        if known and lacking:
+        said = self.option("descriptions")
+        told = zip(self.told(said), self.classnames, strict=True)
+        lacking = [name for text, name in told if not text]
+        if said and lacking:
             warnings.warn(
                 f"nothing is said of {lacking[0]!r} and {len(lacking) - 1} others in"
                 f" the descriptions of {self.spec}: their names stand alone",
@@ -294,11 +293,8 @@ class KAPT(Method):
         ``new_classnames`` behind them.
         """
         ours = cls.official_hparams(hyperparameters)
-        names = [*classnames, *(hyperparameters.get("new_classnames") or [])]
-        for name in ("descriptions", "summaries"):
-            if isinstance(ours.get(name), list):
-                texts = [*ours[name], *(hyperparameters.get(f"new_{name}") or [])]
-                ours[name] = dict(zip(names, texts, strict=False))
+        lists = ("descriptions", "summaries")
+        ours = by_class(ours, hyperparameters, classnames, *lists)
         return cls(clip, classnames, **ours, **objects)
 
     @classmethod
@@ -310,11 +306,6 @@ class KAPT(Method):
 def sentences(texts) -> list[str]:
     """One text or several, as a list."""
     return [texts] if isinstance(texts, str) else list(texts)
-
-
-def by_name(texts: dict) -> dict:
-    """Texts by class names as prompts say them."""
-    return {name.replace("_", " "): said for name, said in texts.items()}
 
 
 def summarised(text: str, name: str, encode) -> str:

@@ -19,7 +19,7 @@ from promptkit.errors import expect, expect_templates
 from promptkit.method import register
 from promptkit.methods.coop import CoOp
 from promptkit.picture import Target
-from promptkit.published import Published, dataset_of, transfer
+from promptkit.published import dataset_of, transfer, usual
 from promptkit.recipe import Recipe
 
 PLAIN = "a photo of a {}."
@@ -86,26 +86,21 @@ class KgCoOp(CoOp):
         "CLASS_TOKEN_POSITION": None,  # ignored: the name ends the prompt
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
-            "KgCoOp: its base-to-new runs",
-            "100 epochs, batches of 128, weight 8.",
+        "base-to-new": usual(
+            "KgCoOp: its base-to-new runs", "100 epochs, batches of 128, weight 8."
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (4,),
+        "few-shot": usual(
             "KgCoOp: its script `xd_train`",
             "The settings of base-to-new. The script trains on all classes at 4 shots.",
+            shots=(4,),
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (4,),
+        usual(
             "KgCoOp: its script `xd_train`",
             "The settings of base-to-new. The script trains on ImageNet at 4 shots, the"
             " paper's table says 16.",
+            shots=(4,),
             extrapolation=True,
         )
     )

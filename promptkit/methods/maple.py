@@ -11,13 +11,12 @@ projections in float32). As in the published code, two learned vectors take the 
 
 import copy
 
-import torch
 from torch import nn
 
 from promptkit.method import Method, register
 from promptkit.picture import Bridge, Picture, learned, made
-from promptkit.prompts import deep_prompts, overwriting_context
-from promptkit.published import Published, transfer
+from promptkit.prompts import block_prompts, deep_prompts, overwriting_context
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Replace
 
@@ -77,27 +76,15 @@ class MaPLe(Method):
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
-            "MaPLe: its base-to-new runs",
-            "The same.",
-        ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual("MaPLe: its base-to-new runs", "The same."),
+        "few-shot": usual(
             "MaPLe: its base-to-new runs",
             "The 5 epochs of base-to-new: on EuroSAT with one shot 10 steps, 2 of them"
             " at the warm-up rate. The few-shot numbers of later papers are theirs.",
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
-            "MaPLe: its cross-dataset runs",
-            "Depth 3, 2 epochs, rate 0.0026.",
-        )
+        usual("MaPLe: its cross-dataset runs", "Depth 3, 2 epochs, rate 0.0026.")
     )
 
     def __init__(
@@ -113,15 +100,11 @@ class MaPLe(Method):
         self.depth = deep_prompts(clip, depth, least=1)
         self.context = overwriting_context(clip, self.classnames, n_ctx, init)
         self.couple = nn.Linear(clip.width, clip.vision_width)
-        prompts = [
-            torch.empty(n_ctx, clip.width).normal_(0, 0.02)
-            for _ in range(self.depth - 1)
-        ]
-        self.deep = nn.ParameterList(prompts)
+        self.deep = block_prompts(self.depth - 1, n_ctx, clip.width)
         projection = nn.Linear(
             clip.width, clip.vision_width
         )  # all start equal, and part in training
-        self.couple_deep = nn.ModuleList(copy.deepcopy(projection) for _ in prompts)
+        self.couple_deep = nn.ModuleList(copy.deepcopy(projection) for _ in self.deep)
 
     def text_edit(self):
         start = self.context.start

@@ -17,7 +17,7 @@ from promptkit.errors import expect
 from promptkit.method import Method, register
 from promptkit.picture import Bridge, Picture, learned
 from promptkit.prompts import Template
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Edit, Prompt
 
@@ -130,23 +130,17 @@ class MMA(Method):
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "MMA: its base-to-new configurations",
             "Blocks 5 to 12, 5 epochs, batches of 16, of ImageNet 128.",
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (16,),
+        "few-shot": usual(
             "MMA: its base-to-new configurations",
             "The settings of base-to-new.",
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "MMA: its authors on its transfer runs",
             "The last four of 12 blocks and 1 epoch, as its authors say; batches of 128"
             " are ImageNet's of base-to-new. No configuration was released.",

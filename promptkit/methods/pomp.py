@@ -25,7 +25,7 @@ from promptkit.errors import InputError, expect
 from promptkit.method import register
 from promptkit.methods.coop import CoOp
 from promptkit.picture import Target
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 from promptkit.recipe import Recipe
 
 CHUNK = 1024  # classes whose prompts are held at a time where nothing is learned
@@ -92,23 +92,17 @@ class POMP(CoOp):
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (16,),
+        "few-shot": usual(
             "POMP: its Table 3, on ImageNet",
             "50 epochs, K = 512. With fewer classes than that it is CoOp.",
         ),
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "POMP: its Table 3, on ImageNet",
             "The settings of few-shot.",
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "POMP: its script `vit_b16_ep5_randaug2`",
             "The settings of its pre-training on ImageNet-21K, of 5 epochs: 4 vectors,"
             " K = 1000, 4 copies of each image. To run it, give that dataset.",

@@ -17,19 +17,19 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from promptkit.clip import FrozenCLIP
 from promptkit.data import transform
 from promptkit.errors import InputError, expect
 from promptkit.method import Batch, Method, register
-from promptkit.methods.ivlp import prompts
+from promptkit.methods.ivlp import IVLP
 from promptkit.methods.promptsrc import PromptSRC
 from promptkit.picture import Picture, Target, learned
-from promptkit.prompts import deep_prompts
+from promptkit.projector import flat, projector, projector_names
+from promptkit.prompts import block_prompts, deep_prompts
 from promptkit.published import Published, transfer
 from promptkit.recipe import Recipe
-from promptkit.towers import Replace
 
 # Weights of the published scripts where they are not 1000.
 LIGHTER = {"fgvc_aircraft": 200.0, "oxford_flowers": 200.0, "dtd": 200.0}
@@ -155,15 +155,13 @@ class PromptKD(Method):
         expect(temperature > 0, "temperature", temperature, "above 0")
         expect(layers >= 1, "layers", layers, "at least 1")
         depth = deep_prompts(clip, depth_vision)
-        idle = not depth and n_ctx_vision is not None
-        expect(
-            not idle, "n_ctx_vision", n_ctx_vision, "left out where depth_vision is 0"
-        )
-        n_ctx = 4 if n_ctx_vision is None else n_ctx_vision
+        n_ctx, used = n_ctx_vision, depth > 0 or n_ctx_vision is None
+        expect(used, "n_ctx_vision", n_ctx, "left out where depth_vision is 0")
+        n_ctx = 4 if n_ctx is None else n_ctx
         expect(n_ctx >= 1, "n_ctx_vision", n_ctx, "at least 1")
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self.distil = distil
-        self.vision = prompts(depth, n_ctx, clip.vision_width)
+        self.vision = block_prompts(depth, n_ctx, clip.vision_width)
         self.project = projector(clip.embed_dim, teacher.clip.embed_dim, layers)
         self._known = None  # what the teacher says of each training image
         self._told = None  # and of the last batch
@@ -175,14 +173,7 @@ class PromptKD(Method):
         with torch.no_grad():
             return self.teacher.class_features()
 
-    def image_prompt(self):
-        return self.vision[0] if len(self.vision) else None
-
-    def image_edit(self):
-        if not len(self.vision):
-            return None
-        behind = self.clip.image_tower.length  # the class token and the patches
-        return Replace.deep(behind, self.vision[1:])
+    image_prompt, image_edit = IVLP.image_prompt, IVLP.image_edit  # of self.vision
 
     def adapt(self, features):
         """P, (B, E) -> (B, E')."""
@@ -199,11 +190,9 @@ class PromptKD(Method):
         """Without augmentation the teacher looks at each image once."""
         self._known = self._told = None
         if not recipe.augment:
+            clip, images = self.teacher.clip, dataset.train.images
             rows = torch.arange(len(dataset.train)).split(64)
-            seen = [
-                self._ask(transform(self.teacher.clip, dataset.train.images(part)))
-                for part in rows
-            ]
+            seen = [self._ask(transform(clip, images(part))) for part in rows]
             self._known = torch.cat(seen)
         return dataset
 
@@ -246,11 +235,10 @@ class PromptKD(Method):
     # --- the names of its own repository ----------------------------------------------
 
     def official_names(self):
-        names = {
-            f"image_encoder.{f'transformer.resblocks.{n}.VPT_shallow' if n else 'VPT'}":
-            f"vision.{n}"
-            for n in range(len(self.vision))
-        }  # fmt: skip
+        names = {}
+        for n in range(len(self.vision)):
+            place = f"transformer.resblocks.{n}.VPT_shallow" if n else "VPT"
+            names[f"image_encoder.{place}"] = f"vision.{n}"
         names |= projector_names("VPT_image_trans", "project", self)
         taught = self.teacher.official_names()
         return names | {f"teacher.{key}": f"teacher.{taught[key]}" for key in taught}
@@ -259,13 +247,9 @@ class PromptKD(Method):
         """Its convolutions over one pixel are linear layers here; the teacher has a
         checkpoint of its own.
         """
-        state = flat(state)
-        own = self.state_dict()
-        return {
-            key: own[ours]
-            for key, ours in self.official_names().items()
-            if key.startswith("teacher.") or "running" in key
-        } | state
+        own, names = self.state_dict(), self.official_names()
+        taught = {k: own[names[k]] for k in names if k.startswith("teacher.")}
+        return taught | flat(state, self)
 
     @classmethod
     def from_official(
@@ -274,20 +258,18 @@ class PromptKD(Method):
         """As for any method; of a backbone as the teacher PromptSRC is made, with 4
         tokens in 9 blocks of both towers, or in all that it has.
         """
-        ours = cls.official_hparams(hyperparameters)
-        depth = hyperparameters.get("prompt_depth_vision")
-        depth = hyperparameters.get("PROMPT_DEPTH_VISION", depth)
-        if depth is not None:
-            ours["depth_vision"] = min(depth, len(clip.image_tower.blocks))
+        ours, options = cls.official_hparams(hyperparameters), hyperparameters
+        if ours.get("depth_vision") is not None:
+            blocks = len(clip.image_tower.blocks)
+            ours["depth_vision"] = min(ours["depth_vision"], blocks)
         if isinstance(teacher, FrozenCLIP):
-            words = str(hyperparameters.get("teacher_depth") or 9).partition(",")[0]
+            depth = int(str(options.get("teacher_depth") or 9).partition(",")[0])
             towers = (teacher.text_tower, teacher.image_tower)
-            depth = min(int(words), *(len(tower.blocks) for tower in towers))
-            tokens = hyperparameters.get("teacher_n_ctx") or 4
-            n_ctx = hyperparameters.get("N_CTX_TEXT") or tokens
+            depth = min(depth, *(len(tower.blocks) for tower in towers))
+            n_ctx = options.get("teacher_n_ctx") or 4
             teacher = PromptSRC(
-                teacher, classnames, n_ctx=n_ctx, n_ctx_vision=tokens, depth=depth,
-                depth_vision=depth,
+                teacher, classnames, n_ctx=options.get("N_CTX_TEXT") or n_ctx,
+                n_ctx_vision=n_ctx, depth=depth, depth_vision=depth,
             )  # fmt: skip
         objects |= {} if teacher is None else {"teacher": teacher}
         return cls(clip, classnames, **ours, **objects)
@@ -316,37 +298,6 @@ def divergence(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tens
     logits = (logits / temperature).log_softmax(dim=-1)
     total = F.kl_div(logits, target, reduction="sum", log_target=True)
     return temperature**2 * total / logits.numel()
-
-
-def projector(before: int, after: int, layers: int = 2) -> nn.Sequential:
-    """Linear layers (..., before) -> (..., after) with batch normalisation and ReLU
-    between them.
-    """
-    parts = [nn.Linear(before, after)]
-    for _ in range(layers - 1):
-        parts += [nn.BatchNorm1d(after), nn.ReLU(), nn.Linear(after, after)]
-    return nn.Sequential(*parts)
-
-
-def projector_names(official: str, ours: str, method: nn.Module) -> dict[str, str]:
-    """The official names of a projector's parameters and statistics."""
-    names = [name for name in method.state_dict() if name.startswith(f"{ours}.")]
-    return {
-        f"{official}.conv1.{name.removeprefix(f'{ours}.')}": name
-        for name in names
-        if not name.endswith("num_batches_tracked")
-    }
-
-
-def flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose convolutions over one pixel are linear layers, without the
-    number of batches that were seen.
-    """
-    return {
-        key: x.flatten(1) if x.dim() == 4 else x
-        for key, x in state.items()
-        if not key.endswith("num_batches_tracked")
-    }
 
 
 def as_seen_by(clip, images: Tensor, normalised_for) -> Tensor:

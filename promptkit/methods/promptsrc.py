@@ -23,7 +23,7 @@ from promptkit.errors import expect, expect_templates
 from promptkit.method import register
 from promptkit.methods.ivlp import IVLP
 from promptkit.picture import Target
-from promptkit.published import Published, transfer
+from promptkit.published import transfer, usual
 
 # OpenAI's templates for ImageNet, those that the published code uses and in its order.
 _PLAIN = "a photo of a {}."
@@ -91,22 +91,14 @@ class PromptSRC(IVLP):
         "max_epoch": None,  # the unit of the two before, see official_hparams
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
-            "PromptSRC: its base-to-new runs",
-            "The same.",
-        ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (1, 2, 4, 8, 16),
+        "base-to-new": usual("PromptSRC: its base-to-new runs", "The same."),
+        "few-shot": usual(
             "PromptSRC: its few-shot runs",
             "The same, with its two averages by dataset.",
+            shots=(1, 2, 4, 8, 16),
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "PromptSRC: its configuration `...ep20...cross_datasets`",
             "The same. The script names a configuration of 5 epochs that does not"
             " exist, and its test loads epoch 20.",

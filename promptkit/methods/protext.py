@@ -18,8 +18,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from promptkit.descriptions import Texts, key_of, sentence_features, sentences_of
-from promptkit.errors import InputError, expect
+from promptkit.descriptions import (
+    Texts,
+    key_of,
+    nothing_said,
+    sentence_features,
+    sentences_of,
+)
+from promptkit.errors import expect
 from promptkit.files import same, some
 from promptkit.method import register
 from promptkit.methods.ivlp import IVLP
@@ -142,31 +148,18 @@ class ProText(IVLP):
         "dataset": None,  # stands for its ending, see official_hparams
     }
     published = {
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (),
-            "ProText: its text-only supervised runs",
-            "Sentences about all classes, no images.",
-        ),
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (),
-            "ProText: its base-to-new runs",
-            "Sentences about the base classes, no images.",
-        ),
-        "cross-dataset": Published(
-            ("ViT-B-16",),
-            (),
-            "ProText: its cross-dataset run",
-            "Sentences about ImageNet's classes; 5 of 10 epochs warm up.",
-        ),
-        "domain-generalization": Published(
-            ("ViT-B-16",),
-            (),
-            "ProText: its text-only supervised run on ImageNet",
-            "16 tokens, 200 epochs.",
-        ),
-    }
+        protocol: Published(("ViT-B-16",), (), f"ProText: its {runs}", notes)
+        for protocol, runs, notes in (
+            ("few-shot", "text-only supervised runs",
+             "Sentences about all classes, no images."),
+            ("base-to-new", "base-to-new runs",
+             "Sentences about the base classes, no images."),
+            ("cross-dataset", "cross-dataset run",
+             "Sentences about ImageNet's classes; 5 of 10 epochs warm up."),
+            ("domain-generalization", "text-only supervised run on ImageNet",
+             "16 tokens, 200 epochs."),
+        )
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -232,11 +225,7 @@ class ProText(IVLP):
         """
         pairs = self.pairs()
         if not pairs:
-            raise InputError(
-                f"{self.spec} learns from sentences, and there are none about the"
-                f" classes {some(self.classnames)}: load the dataset with"
-                " descriptions=FILE, or pass descriptions={class: [sentence, ...]}"
-            )
+            raise nothing_said(self.spec, self.classnames)
         silent = set(range(len(self.classnames))) - {label for label, _ in pairs}
         if silent:
             names = [self.classnames[c] for c in sorted(silent)]

@@ -22,7 +22,7 @@ from promptkit.method import Method, register
 from promptkit.methods.coop import CoOp, words_first
 from promptkit.picture import Bridge, Picture, Target, learned
 from promptkit.plugin import Plugin
-from promptkit.published import Published, dataset_of, transfer
+from promptkit.published import dataset_of, transfer, usual
 from promptkit.recipe import Recipe
 from promptkit.towers import Edits, Replace
 
@@ -150,24 +150,19 @@ class TCP(Plugin):
         "PREC": None,  # the backbone's: load_clip(precision=...)
     }
     published = {
-        "base-to-new": Published(
-            ("ViT-B-16",),
-            (16,),
+        "base-to-new": usual(
             "TCP: its base-to-new script",
             "50 epochs of Adam, 25 on ImageNet and SUN397, as its code has it; its"
             " readme asks for an epsilon of 1e-3. Over a named host, that host's run.",
         ),
-        "few-shot": Published(
-            ("ViT-B-16",),
-            (4,),
+        "few-shot": usual(
             "TCP: its base-to-new script",
             "The same. Its few-shot runs, of 4 shots, are not in its repository.",
+            shots=(4,),
             extrapolation=True,
         ),
     } | transfer(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "TCP: its base-to-new script",
             "The same. Its cross-dataset runs are not in its repository.",
             extrapolation=True,
@@ -198,8 +193,7 @@ class TCP(Plugin):
         blocks = len(clip.text_tower.blocks)
         layers = blocks * 2 // 3 if layer is None else layer
         layers = [layers] if isinstance(layers, int) else list(layers)
-        fits = layers and len({*layers}) == len(layers)
-        fits = fits and all(0 <= n < blocks for n in layers)
+        fits = layers and sorted(layers) == sorted({*layers} & {*range(blocks)})
         expect(fits, "layer", layer, f"blocks from 0 to {blocks - 1}, each once")
         weights = insert_weight
         if isinstance(weights, int | float):
@@ -238,10 +232,7 @@ class TCP(Plugin):
     @cached_property
     def anchor(self):
         """g, (C, E), normalised: features of the hand-written prompts."""
-        features = zero_shot_features(
-            self.clip, self.classnames, self.option("template")
-        )
-        return F.normalize(features, dim=-1)
+        return zero_shot_features(self.clip, self.classnames, self.option("template"))
 
     def class_tokens(self):
         """T, (C, n, D): the tokens of each class."""
@@ -258,11 +249,8 @@ class TCP(Plugin):
         return super().regularizer(batch, image, text) + penalty
 
     def official_names(self):
-        own = {
-            f"prompt_learner.{name}": name
-            for name, _ in self.named_parameters()
-            if name.startswith("meta_net.")
-        }
+        own = self.meta_net.named_parameters(prefix="meta_net")
+        own = {f"prompt_learner.{name}": name for name, _ in own}
         return super().official_names() | own
 
     @classmethod

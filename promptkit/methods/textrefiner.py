@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from promptkit.errors import expect
 from promptkit.method import Method, register
-from promptkit.methods.promptkd import PromptKD, flat, projector, projector_names
+from promptkit.methods.promptkd import PromptKD
 from promptkit.picture import Bridge, Picture, learned
 from promptkit.plugin import Plugin
+from promptkit.projector import flat, projector, projector_names
 from promptkit.published import Published, transfer
 
 
@@ -243,15 +244,10 @@ class TextRefiner(Plugin):
         """Its convolutions over one pixel are linear layers here. The cache stands
         beside the parameters, as "memory_item".
         """
-        state = flat(super().official_state(state))
+        state = super().official_state(state)
         if "memory_item" in state:
             state["text_fine_cache"] = state.pop("memory_item")
-        own = self.state_dict()  # statistics that are never read may be missing
-        return {
-            key: own[ours]
-            for key, ours in self.official_names().items()
-            if key.startswith("mid_image_trans") and "running" in key
-        } | state
+        return flat(state, self)
 
     def load_official(self, state):
         """As for any method; "memory_item" may stand beside "state_dict"."""

@@ -11,6 +11,7 @@ scale, 100 for OpenAI's weights. Everything is float32 by default, where it is i
 precision. New classes, which it does not serve, are those of zero-shot CLIP.
 """
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -18,15 +19,14 @@ import torch.nn.functional as F
 
 from promptkit.clip import zero_shot_features
 from promptkit.data import frozen_features, transform
-from promptkit.data.benchmark import ENSEMBLE
+from promptkit.data.benchmark import ENSEMBLE, PLAIN
 from promptkit.errors import InputError, expect, expect_templates
 from promptkit.heads import TrainedRows
 from promptkit.method import Method, register
 from promptkit.picture import Head, Picture, value
-from promptkit.published import Published, transfer
+from promptkit.published import Published, transfer, usual
 from promptkit.recipe import Recipe
 
-PLAIN = "a photo of a {}."
 # alpha, and the upper ends of the search, of beta and of alpha
 OPTIONS = {
     "imagenet": (1.17, 7, 3),
@@ -48,19 +48,15 @@ RUN = Published(
     "Ten augmented passes, alpha and the ranges of the search by dataset; the search on"
     " the validation images of the draw.",
 )
-BEYOND = Published(
-    RUN.backbones,
-    (16,),
-    RUN.source,
-    "As few-shot. New classes, which were never run, are zero-shot CLIP's.",
-    extrapolation=True,
-)
-PUBLISHED = {"few-shot": RUN, "base-to-new": BEYOND} | transfer(
-    Published(
-        ("RN50",),
-        (16,),
+NEW = "As few-shot. New classes, which were never run, are zero-shot CLIP's."
+PUBLISHED = {
+    "few-shot": RUN,
+    "base-to-new": replace(RUN, shots=(16,), notes=NEW, extrapolation=True),
+} | transfer(
+    usual(
         "Tip-Adapter: its table of shifted ImageNets",
         "As few-shot. Other datasets, which were never run, are zero-shot CLIP's.",
+        backbones=("RN50",),
     )
 )
 
@@ -133,8 +129,8 @@ class TipAdapter(TrainedRows, Method):
         "templates": "template",
         "template": "template",
         # Of the draw, the fine-tuning and the stores of features.
-        **dict.fromkeys(("shots", "F", "lr", "train_epoch"), None),
-        **dict.fromkeys(("load_cache", "load_pre_feat"), None),
+        **dict.fromkeys(("shots", "F", "lr", "train_epoch")),
+        **dict.fromkeys(("load_cache", "load_pre_feat")),
     }
     published = PUBLISHED
 
@@ -157,17 +153,15 @@ class TipAdapter(TrainedRows, Method):
         expect(alpha >= 0, "alpha", alpha, "at least 0")
         expect(beta >= 0, "beta", beta, "at least 0")
         expect(passes >= 1, "passes", passes, "at least 1")
-        fine = cache_size is None or cache_size >= 1
-        expect(fine, "cache_size", cache_size, "at least 1")
-        fine = len(scale) == 2 and min(scale) >= 0.1
-        expect(fine, "search_scale", scale, "two numbers from 0.1, for beta and alpha")
-        search_step = search_step or [200, 20]
-        fine = len(search_step) == 2 and min(search_step) >= 1
-        expect(
-            fine, "search_step", search_step, "two numbers from 1, for beta and alpha"
-        )
+        steps = search_step or [200, 20]
+        fits = cache_size is None or cache_size >= 1
+        expect(fits, "cache_size", cache_size, "at least 1")
+        fits = len(scale) == 2 and min(scale) >= 0.1
+        expect(fits, "search_scale", scale, "two numbers from 0.1, for beta and alpha")
+        fits = len(steps) == 2 and min(steps) >= 1
+        expect(fits, "search_step", steps, "two numbers from 1, for beta and alpha")
         expect_templates("template", template)
-        self.passes, self.cache_size, self.search_step = passes, cache_size, search_step
+        self.passes, self.cache_size, self.search_step = passes, cache_size, steps
         C = len(self.classnames)
         # Before any image is seen: a key of zeros a class, which favours none.
         self.register_buffer("keys", torch.zeros(C, clip.embed_dim))  # (M, E)
@@ -222,9 +216,7 @@ class TipAdapter(TrainedRows, Method):
         if len(split) == 0:
             raise InputError(f"{dataset.name} has no training images")
         if recipe.augment:
-            mean = 0.0
-            for _ in range(self.passes):
-                mean = mean + self._augmented(split, recipe, generator) / self.passes
+            mean = self._augmented(split, recipe, generator)
         else:
             mean = frozen_features(self.clip, split)
         self.remember(mean, split.labels)
@@ -233,15 +225,16 @@ class TipAdapter(TrainedRows, Method):
         return dataset
 
     def _augmented(self, split, recipe, generator):
-        """Features (M, E) of one augmented pass over a split."""
-        features = []
-        for rows in torch.arange(len(split)).split(64):
-            images = transform(
-                self.clip, split.images(rows), augment=True, generator=generator,
-                crop=recipe.crop,
-            )  # fmt: skip
-            features.append(self.clip.encode_image(images))
-        return torch.cat(features)
+        """Features (M, E) of a split, the mean of augmented passes."""
+        how = {"augment": True, "generator": generator, "crop": recipe.crop}
+        mean = 0.0
+        for _ in range(self.passes):
+            features = [
+                self.clip.encode_image(transform(self.clip, split.images(rows), **how))
+                for rows in torch.arange(len(split)).split(64)
+            ]
+            mean = mean + torch.cat(features) / self.passes
+        return mean
 
     @torch.no_grad()
     def accuracies(self, image, labels):

@@ -16,12 +16,9 @@ feature without normalisation here.
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import v2
 
 from promptkit.errors import InputError, expect, unknown
 from promptkit.method import Method, register
@@ -29,8 +26,16 @@ from promptkit.methods.cocoop import CoCoOp
 from promptkit.methods.coop import CoOp
 from promptkit.picture import Bridge, Picture, Target
 from promptkit.plugin import Plugin
-from promptkit.published import Published
+from promptkit.published import usual
 from promptkit.recipe import Recipe
+from promptkit.views import drawn_views, views_of
+
+
+def mixes(dataset) -> bool:
+    """AugMix, but on ImageNet and its shifts, and on what takes their place."""
+    if dataset is None:
+        return False
+    return not dataset.shifts and dataset.source_rows is None
 
 
 @dataclass
@@ -95,7 +100,7 @@ class TPT(Plugin):
         "score", "adapt", "text_features", "text_edit", "image_features",
         "image_prompt", "image_edit",
     )  # fmt: skip
-    from_dataset = {"augmix": lambda dataset: mixes(dataset)}
+    from_dataset = {"augmix": mixes}
     hosts = ("coop", "cocoop")
     default_host = (CoOp, {"init": "a photo of a"})
     official_hyperparameters = {
@@ -113,12 +118,11 @@ class TPT(Plugin):
         "learned_cls": None,  # of another task; refused if it is true
     }
     published = {
-        protocol: Published(
-            ("RN50", "ViT-B-16"),
-            (16,),
+        protocol: usual(
             "TPT: its scripts",
             note + " The scripts' default is RN50 and their seed 0. Over CoOp they want"
             " a context of 4 vectors.",
+            backbones=("RN50", "ViT-B-16"),
             extrapolation=not note.startswith("ImageNet"),
         )
         for protocol, note in {
@@ -155,64 +159,33 @@ class TPT(Plugin):
         expect(step_size >= 0, "step_size", step_size, "at least 0")
         expect(decay >= 0, "decay", decay, "at least 0")
         expect(0.1 <= severity <= 10, "severity", severity, "from 0.1 to 10")
-        expect(
-            augmix is not False or severity == 1,
-            "severity",
-            severity,
-            "left out where augmix=False distorts nothing",
-        )
+        acts = augmix is not False or severity == 1
+        expected = "left out where augmix=False distorts nothing"
+        expect(acts, "severity", severity, expected)
         self.n_views, self.selection, self.steps = views, selection, steps
         self.step_size, self.decay, self.severity = step_size, decay, severity
 
     def views(self, images, generator):
-        """The views of images: (B, V, 3, S, S), normalised, the centre crop first.
-
-        Args:
-            images: B tensors (3, H, W) uint8.
-            generator: of all that is random.
+        """(B, V, 3, S, S), normalised, of B images (3, H, W) uint8, the centre crop
+        first.
         """
-        size, seed = (
-            self.clip.image_size,
-            int(torch.randint(2**31, (), generator=generator)),
-        )
-        rng = np.random.RandomState(seed)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # torchvision's transforms draw from torch's own generator
-            torch.manual_seed(seed)
-            stacks = [
-                image_views(
-                    v2.functional.to_pil_image(x),
-                    self.n_views,
-                    size,
-                    self.option("augmix"),
-                    rng,
-                    self.severity,
-                )
-                for x in images
-            ]
-        return self.clip.normalize(torch.stack(stacks))
+        how = self.n_views, self.option("augmix"), generator, self.severity
+        return drawn_views(self.clip, images, *how)
 
     def forward(self, batch):
         if self.training:
             return self.host(batch)
-        views = views_of(self, batch)
-        features = self.clip.encode_image(
-            views.flatten(0, 1).to(self.clip.device)
-        )  # (B * V, E)
+        views = views_of(self, batch).to(self.clip.device)
+        features = self.clip.encode_image(views.flatten(0, 1))  # (B * V, E)
         return self.tune(features.unflatten(0, views.shape[:2])).logits
 
     def start(self, image):
         """The context (B, 1 or C, M, D) that images with features (B, E) start from."""
         host = self.host
-        if host.conditional:
-            vectors = host.vectors(image, normalize=False)
-        else:
-            vectors = host.vectors()
-        if vectors.dim() < 4:  # the same for every image
-            vectors = vectors if vectors.dim() == 3 else vectors[None]
-            vectors = vectors.expand(len(image), -1, -1, -1)
-        return vectors.detach().clone()
+        options = {"normalize": False} if host.conditional else {}
+        vectors = host.vectors(image, **options)  # (M, D), (C, M, D) or (B, 1, M, D)
+        vectors = vectors if vectors.dim() > 2 else vectors[None]
+        return vectors.expand(len(image), -1, -1, -1).detach().clone()
 
     @torch.enable_grad()
     def tune(self, image) -> Adapted:
@@ -223,15 +196,13 @@ class TPT(Plugin):
         vectors = start.clone().requires_grad_()
         # One optimizer over all contexts does to each what its own would: AdamW works
         # number by number.
-        optimizer = torch.optim.AdamW(
-            [vectors], lr=self.step_size, weight_decay=self.decay
-        )
+        how = {"lr": self.step_size, "weight_decay": self.decay}
+        optimizer = torch.optim.AdamW([vectors], **how)
         image = F.normalize(image.detach(), dim=-1)
 
         def logits_of(image):  # (B, v, E) -> (B, v, C)
-            text = F.normalize(
-                self.clip.text(self.host.context.prompt(vectors)), dim=-1
-            )  # (B, C, E)
+            text = self.clip.text(self.host.context.prompt(vectors))  # (B, C, E)
+            text = F.normalize(text, dim=-1)
             return self.clip.logit_scale * image @ text.transpose(1, 2)
 
         def chosen(x):  # (B, V, ...) -> (B, k, ...)
@@ -239,14 +210,12 @@ class TPT(Plugin):
 
         every = logits_of(image)
         entropy = entropy_of(every.detach().log_softmax(dim=-1))  # (B, V)
-        selected = entropy.argsort(dim=-1)[
-            :, : max(int(image.shape[1] * self.selection), 1)
-        ]  # (B, k)
+        k = max(int(image.shape[1] * self.selection), 1)
+        selected = entropy.argsort(dim=-1)[:, :k]  # (B, k)
         losses, gradient = [], torch.zeros_like(start)
         for step in range(self.steps):
-            loss = marginal_entropy(
-                logits_of(chosen(image)) if step else chosen(every)
-            )  # (B,)
+            logits = logits_of(chosen(image)) if step else chosen(every)
+            loss = marginal_entropy(logits)  # (B,)
             (vectors.grad,) = torch.autograd.grad(loss.sum(), vectors)
             gradient = gradient if step else vectors.grad
             losses.append(loss.detach())
@@ -254,23 +223,13 @@ class TPT(Plugin):
         with torch.no_grad():
             final = logits_of(image[:, :1]).squeeze(1)
         losses = torch.stack(losses) if losses else entropy.new_zeros(0, len(entropy))
-        return Adapted(
-            final,
-            every.detach(),
-            entropy,
-            selected,
-            losses,
-            start,
-            vectors.detach(),
-            gradient,
-        )
+        before, after = every.detach(), vectors.detach()
+        return Adapted(final, before, entropy, selected, losses, start, after, gradient)
 
     def official_state(self, state):
         """This method's code calls CoCoOp's learner "prompt_generator"."""
-        renamed = {
-            key.replace("prompt_generator.", "prompt_learner."): value
-            for key, value in state.items()
-        }
+        old, new = "prompt_generator.", "prompt_learner."
+        renamed = {key.replace(old, new): value for key, value in state.items()}
         return super().official_state(renamed)
 
     @classmethod
@@ -296,28 +255,25 @@ class TPT(Plugin):
         """
         if host not in ("", "coop", "cocoop"):
             raise unknown("host of the published TPT", host, ["coop", "cocoop"])
-        own = cls.official_hparams(hyperparameters)
-        words = hyperparameters.get("ctx_init") or ""
+        own, given = cls.official_hparams(hyperparameters), hyperparameters.get
+        words = given("ctx_init") or ""
         if host == "cocoop":
-            words = hyperparameters.get("prompt_prefix") or words or "a photo of a"
-            extended = CoCoOp(clip, classnames, init=words.replace("_", " "))
-            return cls(clip, classnames, host=extended, **own, **objects)
-        words = words.replace("_", " ").split()
-        position = hyperparameters.get("class_token_position") or "end"
-        split = hyperparameters.get("split_idx")
+            words = given("prompt_prefix") or words or "a photo of a"
+            made = CoCoOp(clip, classnames, init=words.replace("_", " "))
+            return cls(clip, classnames, host=made, **own, **objects)
+        words, split = words.replace("_", " ").split(), given("split_idx")
+        position = given("class_token_position") or "end"
         if position == "middle" and split is not None and "[CLS]" not in words:
             expect(words, "split_idx", split, "left out where no words are split")
             words.insert(split, "[CLS]")
-        if "[CLS]" in words:
-            position = "middle"
-        extended = CoOp(
+        made = CoOp(
             clip,
             classnames,
-            n_ctx=None if words else hyperparameters.get("n_ctx") or 4,
+            n_ctx=None if words else given("n_ctx") or 4,
             init=" ".join(words),
-            position=position,
+            position="middle" if "[CLS]" in words else position,
         )
-        return cls(clip, classnames, host=extended, **own, **objects)
+        return cls(clip, classnames, host=made, **own, **objects)
 
     @classmethod
     def recipe(cls, setting):
@@ -332,124 +288,12 @@ class TPT(Plugin):
         return plan
 
 
-def mixes(dataset) -> bool:
-    """AugMix, but on ImageNet and its shifts, and on what takes their place."""
-    if dataset is None:
-        return False
-    return not dataset.shifts and dataset.source_rows is None
-
-
 def marginal_entropy(logits: Tensor) -> Tensor:
     """Entropy (B,), in nats, of the mean prediction of k views: logits (B, k, C)."""
-    return entropy_of(
-        logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])
-    )
+    total = logits.log_softmax(dim=-1).logsumexp(dim=1)  # (B, C)
+    return entropy_of(total - math.log(logits.shape[1]))
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
     """Entropy (...,), in nats, of log-probabilities (..., C)."""
     return -(log_p.exp() * log_p).sum(dim=-1)
-
-
-# --- views ----------------------------------------------------------------------------
-
-
-def views_of(method: Method, batch) -> Tensor:
-    """The views (B, V, 3, S, S) of a batch; where images came without their pixels,
-    views are made of these, each image's as if it were alone.
-    """
-    if batch.views is not None:
-        return batch.views
-    if batch.images is None:
-        raise InputError(
-            f"{method.spec} reads views of images, and the batch holds none"
-        )
-    pixels = method.clip.denormalize(batch.images.cpu()).clamp(0, 1) * 255
-    return torch.cat(
-        [
-            method.views(x[None], torch.Generator().manual_seed(0))
-            for x in pixels.round().byte()
-        ]
-    )
-
-
-def image_views(
-    image: Image.Image,
-    n: int,
-    size: int,
-    mixes: bool,
-    rng: np.random.RandomState,
-    severity: float = 1,
-) -> Tensor:
-    """Views of one image, (n, 3, size, size) with values around 0..1: the centre crop,
-    then random ones.
-
-    Crops and flips draw from torch's global generator, all else from ``rng``, in the
-    order of the published code.
-    """
-    whole = v2.Compose(
-        [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
-    )
-    crop = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
-    views = [_tensor(whole(image))]
-    for _ in range(n - 1):
-        x = crop(image)
-        views.append(augmix(x, rng, severity) if mixes else _tensor(x))
-    return torch.stack(views)
-
-
-def augmix(
-    image: Image.Image, rng: np.random.RandomState, severity: float = 1
-) -> Tensor:
-    """An image mixed with three chains of one to three operations each, (3, S, S)
-    (Hendrycks et al. 2020).
-    """
-    weights, share = rng.dirichlet([1.0] * 3), rng.beta(1.0, 1.0)
-    mixed = torch.zeros_like(plain := _tensor(image))
-    for weight in weights:
-        x = image
-        for _ in range(rng.randint(1, 4)):
-            x = OPERATIONS[rng.choice(list(OPERATIONS))](x, severity, rng)
-        mixed += weight * _tensor(x)
-    return share * plain + (1 - share) * mixed
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return v2.functional.pil_to_tensor(image).float() / 255  # (3, H, W)
-
-
-def _amount(most: float, severity: float, rng) -> float:
-    return rng.uniform(0.1, severity) * most / 10
-
-
-def _signed(amount: float, rng) -> float:
-    return -amount if rng.uniform() > 0.5 else amount
-
-
-def _warp(image: Image.Image, *matrix: float) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
-    )
-
-
-OPERATIONS = {  # (image, severity, rng) -> image
-    "autocontrast": lambda x, n, rng: ImageOps.autocontrast(x),
-    "equalize": lambda x, n, rng: ImageOps.equalize(x),
-    "posterize": lambda x, n, rng: ImageOps.posterize(x, 4 - int(_amount(4, n, rng))),
-    "rotate": lambda x, n, rng: x.rotate(
-        _signed(int(_amount(30, n, rng)), rng), resample=Image.Resampling.BILINEAR
-    ),
-    "solarize": lambda x, n, rng: ImageOps.solarize(x, 256 - int(_amount(256, n, rng))),
-    "shear_x": lambda x, n, rng: _warp(
-        x, 1, _signed(_amount(0.3, n, rng), rng), 0, 0, 1, 0
-    ),
-    "shear_y": lambda x, n, rng: _warp(
-        x, 1, 0, 0, _signed(_amount(0.3, n, rng), rng), 1, 0
-    ),
-    "translate_x": lambda x, n, rng: _warp(
-        x, 1, 0, _signed(int(_amount(x.width / 3, n, rng)), rng), 0, 1, 0
-    ),
-    "translate_y": lambda x, n, rng: _warp(
-        x, 1, 0, 0, 0, 1, _signed(int(_amount(x.height / 3, n, rng)), rng)
-    ),
-}

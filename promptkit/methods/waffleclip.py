@@ -13,10 +13,6 @@ sentences, word by word; the other modes draw in an order of our own, and those 
 templates join the sentences of both parts.
 """
 
-import math
-import re
-import string
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -24,13 +20,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
+from promptkit.descriptions import linked
 from promptkit.errors import InputError, expect
 from promptkit.method import Method, register
 from promptkit.picture import Picture
 from promptkit.published import Published
 from promptkit.recipe import PROTOCOLS, Recipe
+from promptkit.waffle import frequent_words, joined, shared, spoken, torn, waffle
 
-N_WORDS = 4330  # of the default list; the published one is as long
 TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]  # 80
 
 # What the paper calls all classes of a dataset; ImageNet and DTD, too diverse, have no
@@ -62,10 +59,9 @@ class WaffleCLIP(Method):
     WaffleCLIP's sentences end in random words and random strings of characters, in
     turns and the same for all classes. Nothing is learned.
 
-    Random strings have as many groups of characters, and random words as many words, as
-    the names of the classes have words on average. The groups are counted at blanks
-    alone, in the names as ``descriptors`` spells them: an underscore there is a letter.
-    Draws run over the classes in the order of the descriptors, where these cover all.
+    Random words and strings are about as long as the names of the classes, as
+    ``descriptors`` spells these. Draws run over the classes in the order of the
+    descriptors, where these cover all.
 
     Args:
         clip: the frozen backbone.
@@ -189,10 +185,15 @@ class WaffleCLIP(Method):
         return self.option("descriptors")
 
     @property
+    def topic(self) -> str:
+        """What stands before the class name where all classes have a concept."""
+        concept = self.option("concept")
+        return f"{concept}: a " if concept else ""
+
+    @property
     def before(self) -> str:
         """The text before the class name."""
-        concept = self.option("concept")
-        return f"{self.opening}{concept}: a " if concept else self.opening
+        return self.opening + self.topic
 
     def sentences(self) -> list[list[str]]:
         """The sentences of each class."""
@@ -208,10 +209,9 @@ class WaffleCLIP(Method):
         not 1 with any of them. With "max" the features themselves, (n_c, E) each.
         """
         lists = self.sentences()
-        features = F.normalize(
-            self.clip.encode_text([text for texts in lists for text in texts]), dim=-1
-        )
-        parts = features.split([len(texts) for texts in lists])
+        texts = [text for texts in lists for text in texts]
+        parts = F.normalize(self.clip.encode_text(texts), dim=-1)
+        parts = parts.split([len(texts) for texts in lists])
         if self.aggregate == "max":
             return parts
         return torch.stack([part.mean(dim=0) for part in parts])
@@ -235,20 +235,23 @@ class WaffleCLIP(Method):
         lists = [[] for _ in names]
         n = int(2 / 3 * self.pairs) if mode == "waffle_and_gpt" else self.pairs
         if mode in WORDED + LETTERED:
-            lists = self._say(names, self._waffle(keys, n, rng))
+            words = self.words or frequent_words(self.clip) if mode in WORDED else None
+            letters = "".join(map("".join, self.descriptors.values()))
+            lists = self._say(names, waffle(keys, n, words, letters, rng))
             if not mode.startswith("adaptive"):
                 lists = shared(lists, names, rng)
         if "ensemble" in mode:  # drawn with repetition, in their order
-            topic = f"{self.option('concept')}: a " if self.option("concept") else ""
             drawn = [TEMPLATES[i] for i in sorted(rng.choice(80, 2 * n))]
-            said = [[t.replace("{}", topic + name) for t in drawn] for name in names]
+            topics = [self.topic + name for name in names]
+            said = [[text.replace("{}", topic) for text in drawn] for topic in topics]
             lists = joined(lists, said)
         if mode == "waffle_and_gpt":
             own = [[rng.choice(d, 1)[0] for _ in range(2 * n)] for d in self._own()]
             lists = joined(lists, self._say(names, own))
             return [rng.choice(each, 3 * n, replace=False).tolist() for each in lists]
         if "descriptions" in mode:
-            lists = joined(lists, self._say(names, self._torn(self._own(), rng)))
+            texts = torn(self._own(), mode, self.budget, rng)
+            lists = joined(lists, self._say(names, texts))
         return lists
 
     def _say(self, names: list[str], lists: list) -> list[list[str]]:
@@ -270,51 +273,6 @@ class WaffleCLIP(Method):
                 " or aim at a dataset that has some"
             )
         return [list(texts) or [""] for texts in self.descriptors.values()]
-
-    def _torn(self, own: list[list[str]], rng) -> list[list[str]]:
-        """Descriptors for each class: its own, or torn from their classes."""
-        if self.mode == "swapped_descriptions":
-            return [own[i] for i in rng.permutation(len(own))]
-        if self.mode == "scrambled_descriptions":
-            return [scrambled(mine, rng) for mine in own]
-        every = [text for mine in own for text in mine]  # with its repetitions
-        n = min(math.ceil(len(every) / len(own)) * self.budget, len(every))
-        if self.mode == "shared_random_descriptions":
-            return [rng.choice(every, n, replace=False)] * len(own)
-        if self.mode == "random_descriptions":
-            return [rng.choice(every, n, replace=False) for _ in own]
-        return own
-
-    def _waffle(self, keys: list[str], pairs: int, rng) -> list[list[str]]:
-        """Random words, unless the mode has none, and random strings for each name."""
-        split = [spoken(key).split(" ") for key in keys]
-        n_words = max(round(np.mean([len(words) for words in split])), 1)
-        length = round(np.mean([np.mean([len(w) for w in words]) for words in split]))
-        words = np.array([word[:length] for word in self._vocabulary])
-        known = "".join(text for texts in self.descriptors.values() for text in texts)
-        letters = sorted(set(known) - set(" ,.")) or list(string.ascii_lowercase)
-        groups = round(np.mean([key.count(" ") for key in keys])) + 1
-        n = math.ceil(np.mean([max(map(len, key.split(" "))) for key in keys]))
-        size = (n + groups - n % groups) // groups  # of each group
-
-        def pick(choices, n):  # one by one without replacement: each permutes them all
-            return [rng.choice(choices, 1, replace=False)[0] for _ in range(n)]
-
-        def pair():
-            worded = [" ".join(pick(words, n_words))] if self.mode in WORDED else []
-            strings = ["".join(pick(letters, size)) for _ in range(groups)]
-            return [*worded, ", ".join(strings)]
-
-        return [[text for _ in range(pairs) for text in pair()] for _ in keys]
-
-    @cached_property
-    def _vocabulary(self) -> list[str]:
-        if self.words is not None:
-            return self.words
-        encoder = self.clip.tokenizer.encoder
-        whole = re.compile(r"([a-z]{3,})</w>")
-        entries = map(whole.fullmatch, sorted(encoder, key=encoder.get))
-        return [entry[1] for entry in entries if entry][:N_WORDS]
 
     @classmethod
     def official_hparams(cls, hyperparameters):
@@ -340,38 +298,3 @@ class WaffleCLIP(Method):
     def recipe(cls, setting):
         """Nothing is learned."""
         return Recipe(epochs=0, augment=False)
-
-
-def spoken(key: str) -> str:
-    """A class name as sentences say it."""
-    return key.replace("_", " ")
-
-
-def linked(descriptor: str) -> str:
-    """A descriptor as a clause; its first letters decide, whatever they begin."""
-    if descriptor.startswith(("a", "used")):
-        return f"which is {descriptor}"
-    if descriptor.startswith(("has", "often", "typically", "may", "can")):
-        return f"which {descriptor}"
-    return f"which has {descriptor}"
-
-
-def shared(lists: list[list[str]], names: list[str], rng) -> list[list[str]]:
-    """The list of one class for all, its name replaced wherever it occurs in a
-    sentence, as in the published code.
-    """
-    chosen = int(rng.choice(len(names)))
-    return [
-        [text.replace(names[chosen], name) for text in lists[chosen]] for name in names
-    ]
-
-
-def joined(lists: list[list[str]], others: list[list[str]]) -> list[list[str]]:
-    return [[*mine, *more] for mine, more in zip(lists, others, strict=True)]
-
-
-def scrambled(descriptors: list[str], rng) -> list[str]:
-    """As many words as each has, drawn from those of all, without full stops."""
-    split = [text.replace(".", "").split() for text in descriptors]
-    every = [word for words in split for word in words] or [""]
-    return [" ".join(rng.choice(every, len(words))) for words in split]

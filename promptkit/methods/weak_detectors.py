@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from promptkit.data.benchmark import PLAIN, TABLE
 from promptkit.errors import InputError, expect, unknown
 from promptkit.method import Method, register
 from promptkit.methods.coop import CoOp
@@ -30,25 +31,21 @@ from promptkit.methods.kgcoop import KgCoOp
 from promptkit.methods.prograd import ProGrad
 from promptkit.picture import Head, Picture
 from promptkit.plugin import Plugin, _owner
-from promptkit.published import Published, dataset_of, everywhere
+from promptkit.published import dataset_of, everywhere, usual
 from promptkit.train import reader
 
-PLAIN = "a photo of a {}."
-# CoOp's templates, which the published code shares; KgCoOp and ProGrad have their own.
-TEMPLATES = {
-    "oxford_pets": "a photo of a {}, a type of pet.",
-    "oxford_flowers": "a photo of a {}, a type of flower.",
-    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
-    "dtd": "{} texture.",
-    "eurosat": "a centered satellite photo of {}.",
-    "food101": "a photo of {}, a type of food.",
-    "ucf101": "a photo of a person doing {}.",
-}
 MODES = {  # as the published configuration calls them
     "SOFTmsp": "msp",
     "SOFTenergy": "energy_twice",
     "alpha": "entropy",
     "weight": "constant",
+}
+HOST_OPTIONS = {  # in the published configuration: in the host's own
+    "n_ctx": "N_CTX",
+    "ctx_init": "CTX_INIT",
+    "class_token_position": "CLASS_TOKEN_POSITION",
+    "csc": "CSC",
+    "dataset": "dataset",
 }
 
 
@@ -92,7 +89,7 @@ class WeakDetectors(Plugin):
             host's own, if it has one, or that of the dataset.
 
     Raises:
-        InputError: a hyperparameter does not fit.
+        InputError: a hyperparameter or the host does not fit.
     """
 
     name = "weak_detectors"
@@ -100,36 +97,29 @@ class WeakDetectors(Plugin):
     year = 2024
     paper = "2404.00603"
     kind = "test-time"
+    replaces = ("encode",)
     picture = Picture(
         heads=(Head("cosine with “a photo of a”", ("image",)),),
         fusion="at test time, image by image, the surer has more weight",
         targets=(),
     )
     hosts = ("coop", "prograd", "kgcoop")
-    from_dataset = {"template": lambda dataset: template_of(dataset)}
+    from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "mode": "detector",  # with the sharpness behind it, as in "SOFTmsp_64"
         "template": "template",
         "modes": None,  # several of them
-        "base": None,  # these five make the host, see from_official
-        "n_ctx": None,
-        "ctx_init": None,
-        "class_token_position": None,
-        "csc": None,
-        "dataset": None,  # stands for its template
+        "base": None,  # this and the rest make the host, see from_official
+        **dict.fromkeys(HOST_OPTIONS),
     }
     published = everywhere(
-        Published(
-            ("ViT-B-16",),
-            (16,),
+        usual(
             "VLPT-OOD: its scripts",
             "The host's own training: CoOp and ProGrad 50 epochs with 16 vectors,"
             " KgCoOp 100. The largest probability at W = 64.",
         )
     ) | {
-        "cross-dataset": Published(
-            ("ViT-B-16",),
-            (16,),
+        "cross-dataset": usual(
             "VLPT-OOD: its scripts",
             "The settings of domain generalization.",
             extrapolation=True,
@@ -156,10 +146,9 @@ class WeakDetectors(Plugin):
         frozen &= host.image_prompt() is None and host.image_edit() is None
         # Whether class features can be mixed: one image feature is compared with both.
         self.mixes_features = frozen and _owner(host, "score") is None
-        if not self.mixes_features:
-            known = self.reads_at_test or self.reads
-            more = "" if "features" in known.split("+") else "+features"
-            self.reads_at_test = known + more
+        known = self.reads_at_test or self.reads
+        if not self.mixes_features and "features" not in known.split("+"):
+            self.reads_at_test = f"{known}+features"
 
     # --- the zero-shot classifier -----------------------------------------------------
 
@@ -177,6 +166,10 @@ class WeakDetectors(Plugin):
         texts = [t.replace("{}", name) for t in several for name in self.classnames]
         features = self.clip.encode_text(texts)
         return features.unflatten(0, (len(several), -1)).mean(dim=0)
+
+    def owns(self, hook):
+        """Where features are mixed, the image features are the host's."""
+        return super().owns(hook) and not (hook == "encode" and self.mixes_features)
 
     # --- the mixture ------------------------------------------------------------------
 
@@ -202,7 +195,8 @@ class WeakDetectors(Plugin):
         # cos(f, (1-s) w' + s w) without the mixed features themselves, (B, C, E)
         w, u = text.float(), self.zero_shot.float()
         image = F.normalize(image.float(), dim=-1)
-        products = (1 - s) * (image @ u.T) + s * _products(image, w)
+        own = image @ w.T if w.dim() == 2 else (w @ image[:, :, None]).squeeze(-1)
+        products = (1 - s) * (image @ u.T) + s * own
         squares = (
             (1 - s) ** 2 * u.square().sum(-1)
             + 2 * s * (1 - s) * (u * w).sum(-1)
@@ -222,10 +216,8 @@ class WeakDetectors(Plugin):
                     f"{self.spec} reads two kinds of image features, so it must be the"
                     " outermost plug-in"
                 )
-        z, z_zero = (
-            super().score(tuned, text),
-            Method.score(self, frozen, self.zero_shot),
-        )
+        z = super().score(tuned, text)
+        z_zero = Method.score(self, frozen, self.zero_shot)
         sure, sure_zero = self.detect(z), self.detect(z_zero)
         if self.detector == "constant":
             weight = torch.full_like(sure, self.sharpness)
@@ -264,9 +256,7 @@ class WeakDetectors(Plugin):
         """As for any method; without a host, "base" names one of the three published
         ones, which its options make.
         """
-        given = {
-            name: value for name, value in hyperparameters.items() if value is not None
-        }
+        given = {k: v for k, v in hyperparameters.items() if v is not None}
         ours = cls.official_hparams(given)
         if host is not None:
             return cls(clip, classnames, host=host, **ours, **objects)
@@ -274,26 +264,15 @@ class WeakDetectors(Plugin):
         hosts = {"coop": CoOp, "prograd": ProGrad, "kgcoop": KgCoOp}
         if base not in hosts:
             raise unknown("base of the published detectors", base, hosts)
-        named = {
-            "n_ctx": "N_CTX",
-            "ctx_init": "CTX_INIT",
-            "class_token_position": "CLASS_TOKEN_POSITION",
-            "csc": "CSC",
-            "dataset": "dataset",
-        }
         known = hosts[base].official_hyperparameters
-        theirs = {
-            official: given[name]
-            for name, official in named.items()
-            if name in given and official in known
-        }
         if base == "kgcoop":  # four words, whatever its options say
-            theirs = {"CTX_INIT": True} | {
-                key: theirs[key] for key in theirs if key in ("dataset", "CSC")
-            }
+            known = ("dataset", "CSC")
+        names = {k: name for k, name in HOST_OPTIONS.items() if name in known}
+        theirs = {name: given[k] for k, name in names.items() if k in given}
+        if base == "kgcoop":
+            theirs["CTX_INIT"] = True
         if base == "coop" and given.get("dataset") and "template" not in ours:
-            known = TEMPLATES.get(dataset_of(given["dataset"]), PLAIN)
-            ours["template"] = known
+            ours["template"] = TABLE[dataset_of(given["dataset"])].template
         made = hosts[base].from_official(clip, classnames, theirs)
         return cls(clip, classnames, host=made, **ours, **objects)
 
@@ -306,21 +285,6 @@ class WeakDetectors(Plugin):
             hparams.pop("init", None)
             return replace(recipe, hparams={"host": hparams}, epochs=50)
         return recipe
-
-
-def template_of(dataset) -> str:
-    """What a class of a dataset is called by hand."""
-    return dataset.template if dataset else PLAIN
-
-
-def _products(image: Tensor, text: Tensor) -> Tensor:
-    """(B, C) of (B, E) and (C, E) or (B, C, E)."""
-    if text.dim() == 2:
-        return image @ text.T
-    return (text @ image[:, :, None]).squeeze(-1)
-
-
-# --- how well it detects --------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from promptkit.method import Batch
 from promptkit.methods.clip import CLIP
-from promptkit.methods.tpt import OPERATIONS, TPT, image_views
+from promptkit.methods.tpt import TPT
 from promptkit.methods.waffleclip import WaffleCLIP
 from promptkit.recipe import Recipe
+from promptkit.views import OPERATIONS, image_views
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 

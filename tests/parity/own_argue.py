@@ -6,7 +6,7 @@ import torch
 from own import close, described_images
 from seeded import seeded
 
-from promptkit.methods.argue import kmeans, sampled
+from promptkit.sampling import kmeans, sampled
 
 
 def also_argue(method, fixture, arrays, batch):

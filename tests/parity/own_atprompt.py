@@ -6,8 +6,8 @@ import torch
 from own import close, described_images
 from seeded import seeded, seeded_images
 
+from promptkit.attributes import AttributeSearch
 from promptkit.method import Batch
-from promptkit.methods.atprompt import AttributeSearch
 
 
 def check_search(clip, fixture, arrays):

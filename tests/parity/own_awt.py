@@ -8,8 +8,10 @@ from seeded import seeded, seeded_images
 from torch.nn.functional import normalize
 
 from promptkit.method import Batch
-from promptkit.methods.awt import AWT, entropy, entropy_with, sinkhorn
+from promptkit.methods.awt import AWT
 from promptkit.recipe import Recipe
+from promptkit.sets import entropy, entropy_with
+from promptkit.transport import sinkhorn
 
 TEXTS = ("descriptions", "template")
 

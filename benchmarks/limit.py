@@ -1,0 +1,371 @@
+"""How near each method's training step and test image are to what cannot be avoided.
+
+    python benchmarks/limit.py                       # every method, about an hour
+    python benchmarks/limit.py coop maple tpt        # some of them
+    python benchmarks/limit.py --device cuda --precision bf16 --json limit.json
+
+A method is run as :func:`promptkit.train.fit` and ``predict`` run it, at the true size
+of its backbone, with the paper's batch and images that are augmented anew each step.
+Meanwhile every call of the towers is noted by its shapes: how many images or classes,
+tokens, what is learned from which block on. From these follow
+
+- *limit*: the floating-point operations that such calls cannot do without (`text_work`,
+  `image_work`: no padding, common beginnings once, a frozen pass without gradients, a
+  gradient from the first learned block on), at the speed that this machine multiplies
+  matrices of those sizes with;
+- *plain*: the same calls as the towers of open_clip answer them: every class at all 77
+  positions, every image by itself, each measured once and multiplied.
+
+*Share* is limit / measured. What a method asks of the towers is taken as given: a call
+that is not needed would not show. Weights are random; speed does not depend on them. On
+a CPU times are those that the process had a processor for, summed over its threads, so
+that other work on the machine counts little. Each method has a process of its own, so
+that peak memory above rest is its own.
+"""
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from promptkit.clip import FrozenCLIP
+from promptkit.data import transform
+from promptkit.recipe import Setting
+from promptkit.registry import build, objects, recipe, specs
+from promptkit.testing import described, toy_dataset
+from promptkit.towers import Edit, _Block, plain_text
+from promptkit.train import fit
+
+# --- what cannot be avoided -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a tower, by its shapes."""
+
+    tower: str  # "text" or "image"
+    rows: int  # classes, or images
+    groups: int  # prefixes that differ: images with a context of their own
+    prefix: int  # tokens that the classes of a group share up to some block
+    own: int  # tokens of all classes behind the prefix, or of all images
+    stem: int  # operations in front of the blocks: the patches' embedding
+    moved: tuple  # a block: how many of the prefix's tokens each class has to itself
+    learned: int | None  # the first block a gradient must reach; None: frozen
+
+
+def matmuls(tokens, keys, D, last=None):
+    """(linear, attention) operations of a block for tokens that attend to ``keys``
+    positions in all: q, k, v, out and the MLP are 12 D^2 multiplications a token. Where
+    only ``last`` rows are read of it, the others need keys and values alone.
+    """
+    read = tokens if last is None else last
+    share = read / tokens
+    return 2 * D * D * (2 * tokens + 10 * read), share * 2 * 2 * keys * D
+
+
+def work(call: Call, D, blocks) -> Counter:
+    """Operations by the number of tokens that are multiplied at once."""
+    found = Counter({call.own: call.stem})
+    for block in range(blocks):
+        if call.tower == "text":
+            moved = call.moved[block]
+            shared, length = call.prefix - moved, call.own / call.rows + moved
+            tokens = call.groups * (shared + call.rows * length)
+            seen = shared * shared / 2 + call.rows * length * (shared + length / 2)
+            keys, last = call.groups * seen, call.groups * call.rows
+        else:
+            tokens, last = call.own, call.rows
+            keys = call.own * call.own / call.rows
+        linear, attention = matmuls(
+            tokens, keys, D, last if block == blocks - 1 else None
+        )
+        passes = 1
+        if call.learned is not None and block >= call.learned:
+            passes = 2  # the weights are frozen: one product a forward product
+            attention *= 1.5  # the gradient of a product has two
+        found[round(tokens)] += passes * (linear + attention)
+    return found
+
+
+class Watch:
+    """A tower that notes what it is asked."""
+
+    def __init__(self, tower, calls):
+        self.tower, self.calls, self.first = tower, calls, None
+
+    def __getattr__(self, name):
+        return getattr(self.tower, name)
+
+    def __call__(self, given, prompt=None, edit=None, tokens=False, *rest):
+        blocks = {id(block): i for i, block in enumerate(self.tower.blocks)}
+        learned, whole = [], _Block.qkv
+
+        def qkv(block, x, edit):
+            if x.requires_grad and id(block) in blocks:
+                learned.append(blocks[id(block)])
+            return whole(block, x, edit)
+
+        _Block.qkv = qkv
+        try:
+            if isinstance(given, torch.Tensor):
+                out = self.tower(given, prompt, edit, tokens, *rest)
+            else:
+                edit, tokens = prompt, edit or False
+                out = self.tower(given, edit, tokens)
+        finally:
+            _Block.qkv = whole
+        self.calls.append(self._call(given, prompt, edit, min(learned, default=None)))
+        return out
+
+    def _call(self, given, prompt, edit, learned):
+        blocks = len(self.tower.blocks)
+        if isinstance(given, torch.Tensor):
+            n = 0 if prompt is None else prompt.shape[-2]
+            own = len(given) * (self.tower.length + n)
+            patches = len(given) * (self.tower.length - 1)
+            stem = 2 * patches * self.tower.visual.conv1.weight.numel()
+            return Call("image", len(given), 1, 0, own, stem, (0,) * blocks, learned)
+        G, P, _ = given.prefix.shape
+        own = int((given.eot + 1).sum())
+        least, moved = P, []
+        for layer in range(blocks):
+            least = min(least, (edit or Edit()).shared(layer, P))
+            moved.append(P - least)
+        return Call("text", len(given.eot), G, P, own, 0, tuple(moved), learned)
+
+
+# --- this machine ---------------------------------------------------------------------
+
+
+def clock(device):
+    """Seconds of a processor, or of a GPU's stream."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def best(function, device, times=3):
+    spent = []
+    for _ in range(times):
+        began = clock(device)
+        function()
+        spent.append(clock(device) - began)
+    return min(spent)
+
+
+@cache
+def speed(tokens, D, dtype, device):
+    """Operations a second of the products of a block: (tokens, D) by (D, 3D), (D, D),
+    (D, 4D) and back.
+    """
+    shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)]
+    weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+    xs = [torch.randn(tokens, w.shape[1], dtype=dtype, device=device) for w in weights]
+
+    def products():
+        for x, w in zip(xs, weights, strict=True):
+            F.linear(x, w)
+
+    products()
+    return 2 * tokens * 12 * D * D / best(products, device, 5)
+
+
+def limit(calls, clip) -> float:
+    """Seconds that calls cannot do without."""
+    seconds = 0.0
+    for call, times in Counter(calls).items():
+        tower = getattr(clip, f"{call.tower}_tower")
+        D = clip.width if call.tower == "text" else clip.vision_width
+        for tokens, operations in work(call, D, len(tower.blocks)).items():
+            near = tokens if tokens < 64 else 64 * round(tokens / 64)
+            rate = speed(min(max(near, 1), 4096), D, clip.dtype, clip.device)
+            seconds += times * operations / rate
+    return seconds
+
+
+@cache
+def plain_seconds(clip, tower, learns) -> float:
+    """A class at 77 positions, or an image, through open_clip's own pass."""
+    many = 8
+
+    def one():
+        if tower == "text":
+            x = torch.randn(many, clip.context_length, clip.width, device=clip.device)
+            eot = torch.full((many,), clip.context_length - 1, device=clip.device)
+            out = plain_text(clip.model, x.requires_grad_(learns), eot)
+        else:
+            size = clip.image_size
+            x = torch.randn(many, 3, size, size, device=clip.device)
+            out = clip.model.encode_image(x.requires_grad_(learns))
+        if learns:
+            out.sum().backward()
+
+    with (
+        torch.set_grad_enabled(learns),
+        torch.autocast(
+            clip.device.type, clip.dtype, enabled=clip.dtype != torch.float32
+        ),
+    ):
+        return best(one, clip.device, 2) / many
+
+
+def plain(calls, clip) -> float:
+    return sum(
+        times
+        * call.groups
+        * call.rows
+        * plain_seconds(clip, call.tower, call.learned is not None)
+        for call, times in Counter(calls).items()
+    )
+
+
+# --- one method -----------------------------------------------------------------------
+
+
+def peak(device) -> float:
+    """MiB, the most that were held so far."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(spec, classes, model, device, precision, steps) -> dict:
+    """Training step and test image of a method."""
+    torch.manual_seed(0)
+    network = open_clip.CLIP(**open_clip.get_model_config(model))
+    clip = FrozenCLIP(network.to(device), name=model, precision=precision)
+    names = open_clip.IMAGENET_CLASSNAMES[:classes]
+    ours = recipe(spec, Setting("base-to-new", "toy", 16, "full"))
+    shots = math.ceil(ours.batch_size * (steps + 1) / classes)
+    dataset = described(toy_dataset(clip, names, shots))
+    stands = {
+        name: build("coop", clip, names)  # a teacher of the same size
+        for name, cls in objects(spec).items()
+        if name in cls.needs()
+    }
+    method = build(spec, clip, names, **ours.hparams | stands)
+    method.aim(dataset)
+    calls, began, marks = [], [], []
+    clip.text_tower = Watch(clip.text_tower, calls)
+    clip.image_tower = Watch(clip.image_tower, calls)
+    backward = method.backward
+
+    def watched(batch):
+        began.append(clock(device))
+        marks.append(len(calls))
+        return backward(batch)
+
+    method.backward = watched
+    brief = {"epochs": 1, "epoch_steps": steps + 1}
+    stages = [replace(stage, **brief) for stage in ours.stages]
+    rest = peak(device)
+    fit(method, dataset, replace(ours, **brief, stages=stages), progress=False)
+    del method.backward
+    out = {"method": spec, "classes": classes, "batch": ours.batch_size}
+    if len(began) > 2:
+        # From a step's forward to the next one's: with what reads and augments.
+        out["step"] = min(b - a for a, b in pairwise(began[-steps:]))
+        during = calls[marks[-2] : marks[-1]]
+        out |= _told("step", during, out["step"], clip)
+        out["step_memory"] = peak(device) - rest
+    method.eval()
+    images = transform(clip, dataset.test.images()[:steps]).to(device)
+    method.predict(images[:1])  # what is made once from the names
+    calls.clear()
+    method.predict(images[:1])
+    during = list(calls)
+    out["test"] = best(lambda: method.predict(images[:1]), device)
+    return out | _told("test", during, out["test"], clip)
+
+
+def _told(what, calls, seconds, clip):
+    least = limit(calls, clip)
+    told = {f"{what}_limit": least, f"{what}_share": least / seconds}
+    return told | {f"{what}_plain": plain(calls, clip)}
+
+
+# --- all of them ----------------------------------------------------------------------
+
+
+def apart(spec, options) -> dict:
+    """``measure`` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        command = [sys.executable, __file__, spec, *options, "--here", str(found)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return {"method": spec, "error": done.stderr.strip().splitlines()[-1]}
+        return json.loads(found.read_text())
+
+
+def shown(rows) -> Table:
+    table = Table(title="against the limit; seconds, MiB above rest")
+    for name in ("method", "classes", "batch"):
+        table.add_column(name)
+    for what in ("step", "test"):
+        for name in (what, "limit", "share", "plain", *(["memory"] * (what == "step"))):
+            table.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda row: row.get("step_share", 2)):
+        if "error" in row:
+            table.add_row(row["method"], row["error"][:60])
+            continue
+        cells = [row["method"], str(row["classes"]), str(row["batch"])]
+        for what in ("step", "test"):
+            keys = [what, f"{what}_limit", f"{what}_share", f"{what}_plain"]
+            texts = ["{:.3g}", "{:.3g}", "{:.0%}", "{:.3g}"]
+            keys += [f"{what}_memory"] * (what == "step")
+            for key, text in zip(keys, [*texts, "{:.0f}"], strict=False):
+                cells.append(text.format(row[key]) if key in row else "")
+        table.add_row(*cells)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("methods", nargs="*", help="default: every one")
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--model", default="ViT-B-16-quickgelu")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.here:
+        torch.set_num_threads(asked.threads)
+        names = ("classes", "model", "device", "precision", "steps")
+        found = measure(asked.methods[0], **{n: getattr(asked, n) for n in names})
+        Path(asked.here).write_text(json.dumps(found))
+        return
+    passed = ("classes", "model", "device", "precision", "threads", "steps")
+    options = [f"--{name}={getattr(asked, name)}" for name in passed]
+    rows = []
+    for spec in track(asked.methods or specs(), "measuring"):
+        rows.append(apart(spec, options))
+        if asked.json:
+            Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n")
+    Console(width=140).print(shown(rows))
+
+
+if __name__ == "__main__":
+    main()

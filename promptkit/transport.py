@@ -1,0 +1,53 @@
+"""Optimal transport between weighted sets, by Sinkhorn's iterations.
+
+Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport (NeurIPS 2013;
+arXiv 1306.0895), here in the logarithmic domain, where nothing underflows.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sinkhorn(
+    cost: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    epsilon: float = 0.1,
+    iterations: int = 100,
+    threshold: float = 1e-2,
+    together: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropic transport plans between a set of each of B images and one of each of C
+    classes: T = diag(r) exp(-cost / epsilon) diag(q).
+
+    Args:
+        cost: (B, C, V, D).
+        log_a: (B, V), logarithms of the weights of an image's set.
+        log_b: (B, C, D), of a class's.
+        epsilon, iterations, threshold: an image is done where its scalings r change by
+            less than the threshold on average over classes and V.
+        together: all images stop when this holds on average over them too.
+
+    Returns:
+        The plans (B, C, V, D), whose sums over V are b exactly; how many iterations
+        each image took, (B,); and the change of its scalings in each, (B, iterations),
+        0 where it was done.
+    """
+    kernel = -cost / epsilon
+    r, q = torch.zeros_like(cost[..., 0]), torch.zeros_like(cost[:, :, 0])  # logarithms
+    going = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
+    steps = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
+    changes = []
+    for _ in range(iterations):
+        new_r = log_a[:, None] - (kernel + q[:, :, None]).logsumexp(dim=3)
+        new_q = log_b - (kernel + new_r[..., None]).logsumexp(dim=2)
+        change = (new_r.exp() - r.exp()).abs().mean(dim=(1, 2))  # (B,)
+        r = torch.where(going[:, None, None], new_r, r)
+        q = torch.where(going[:, None, None], new_q, q)
+        steps += going
+        changes.append(change * going)
+        going &= (change.mean() if together else change) >= threshold
+        if not going.any():
+            break
+    plan = (kernel + r[..., None] + q[:, :, None]).exp()
+    return plan, steps, torch.stack(changes, dim=1)
