@@ -204,7 +204,7 @@ def said_of(said: dict, classnames: list[str]) -> list:
 def by_class(ours: dict, official: dict, classnames: list[str], *names: str) -> dict:
     """Hyperparameters of which some ``names`` may be lists in the order of the classes,
     as some configurations write them, as {class: texts}; behind them those of further
-    classes, "new_classnames", under "new_" and the name.
+    classes, "new_classnames", as ``new_NAME``.
 
     Args:
         ours: hyperparameters by our names.

@@ -46,7 +46,7 @@ def world(tmp_path, monkeypatch):
     toys = {name: toy(name) for name in (*data.MINI_TASKS, *data.SHIFTS)}
     load_clip = runs.load_clip
     toys["mini"] = replace(toys["mini"], shifts=tuple(data.SHIFTS))
-    monkeypatch.setattr(data, "load_dataset", lambda name, root=None: toys[name])
+    monkeypatch.setattr(data, "load_dataset", lambda name, root=None, **_: toys[name])
 
     def load(name, pretrained, device=None, precision="fp32"):
         return (

@@ -81,10 +81,10 @@ class AWT(Sets):
             among the sentences, the others are drawn, the same for all classes.
         train_image_temperature, train_text_temperature: tau and tau' there.
         image_weight, text_weight: lambda_i and lambda_t, of the two distances.
-        views, descriptions, sentences, template, weighting, transport,
-            image_temperature, text_temperature, epsilon, iterations, threshold,
-            together: as in :class:`~promptkit.sets.Sets`. Without a template, the
-            published one of the dataset that it is aimed at.
+        views, descriptions, sentences: as in :class:`~promptkit.sets.Sets`.
+        template: likewise; None: the published one of the dataset it is aimed at.
+        weighting, transport, image_temperature, text_temperature: likewise.
+        epsilon, iterations, threshold, together: likewise.
 
     Raises:
         InputError: a hyperparameter does not fit, or some classes have descriptions and
