@@ -762,7 +762,7 @@ def check_claim(
     )  # fmt: skip
 
 
-def check_correlation(text: str, x, y, level=0.95) -> Claim:
+def check_correlation(text: str, x, y, level=0.95, of="values") -> Claim:
     """Decide the claim that two quantities go together, by the interval of their
     Pearson correlation (Fisher's transformation).
 
@@ -771,6 +771,7 @@ def check_correlation(text: str, x, y, level=0.95) -> Claim:
     Args:
         text: the claim, as a sentence.
         x, y: n numbers each, whose pairs are independent of each other.
+        of: what these are, in the plural.
 
     Raises:
         InputError: x and y differ in length, or a number is not finite.
@@ -781,15 +782,21 @@ def check_correlation(text: str, x, y, level=0.95) -> Claim:
             f"the claim {text!r} needs pairs of finite numbers, not {len(x)} and"
             f" {len(y)} numbers {x.tolist()[:3]} and {y.tolist()[:3]}"
         )
-    r, low, high = math.nan, math.nan, math.nan
+    r, low, high, needed = math.nan, math.nan, math.nan, None
     if len(x) > 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
         r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
-        half = float(ndtri((1 + level) / 2)) / math.sqrt(len(x) - 3)
+        z = float(ndtri((1 + level) / 2))
+        half = z / math.sqrt(len(x) - 3)
         centre = math.atanh(r) if abs(r) < 1 else math.copysign(math.inf, r)
         low, high = math.tanh(centre - half), math.tanh(centre + half)
     verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-    criterion = "a correlation above 0"
-    return Claim(text, verdict, r, low, high, len(x), criterion, level)
+    if verdict == "undecided" and r:  # at this r the interval ends at 0
+        enough = 4 + math.floor((z / math.atanh(r)) ** 2)
+        needed = enough if enough <= MOST_SEEDS else None
+    criterion, unit = "a correlation above 0", ""
+    return Claim(
+        text, verdict, r, low, high, len(x), criterion, level, unit, of, needed
+    )
 
 
 def claims_table(claims: Iterable[Claim]) -> pd.DataFrame:

@@ -564,6 +564,13 @@ def test_correlation():
     for few in ([1, 2, 3], [1, 1, 1, 1]):
         claim = check_correlation("x", few, range(len(few)))
         assert claim.verdict == "undecided" and math.isnan(claim.estimate)
+    weak = check_correlation("x", [1, 2, 3, 4, 5, 6], [1, 3, 2, 3, 1, 4], of="tasks")
+    assert weak.verdict == "undecided" and weak.measured().startswith("+0.47 [")
+    low = [
+        math.atanh(weak.estimate) - 1.96 / math.sqrt(n - 3)
+        for n in (weak.needed - 1, weak.needed)
+    ]
+    assert low[0] < 0 < low[1] and f"{weak.needed} tasks" in weak.would_decide()
     with pytest.raises(InputError, match="pairs of finite numbers"):
         check_correlation("x", [1, 2, 3, 4], [1, 2, 3])
     with pytest.raises(InputError, match="pairs of finite numbers"):
