@@ -783,14 +783,14 @@ def check_correlation(text: str, x, y, level=0.95, of="values") -> Claim:
             f" {len(y)} numbers {x.tolist()[:3]} and {y.tolist()[:3]}"
         )
     r, low, high, needed = math.nan, math.nan, math.nan, None
+    z = float(ndtri((1 + level) / 2))
     if len(x) > 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
         r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
-        z = float(ndtri((1 + level) / 2))
         half = z / math.sqrt(len(x) - 3)
         centre = math.atanh(r) if abs(r) < 1 else math.copysign(math.inf, r)
         low, high = math.tanh(centre - half), math.tanh(centre + half)
     verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-    if verdict == "undecided" and r:  # at this r the interval ends at 0
+    if verdict == "undecided" and abs(r) > 0:  # at this r the interval ends at 0
         enough = 4 + math.floor((z / math.atanh(r)) ** 2)
         needed = enough if enough <= MOST_SEEDS else None
     criterion, unit = "a correlation above 0", ""
