@@ -70,7 +70,7 @@ class KgCoOp(CoOp):
     year = 2023
     paper = "2303.13283"
     picture = replace(
-        CoOp.picture, text_reference=Target("frozen CLIP,\n“a photo of a”", "1 − cos")
+        CoOp.picture, text_reference=Target("frozen CLIP,\na template", "1 − cos")
     )
     from_dataset = {"template": template_of}
     default_n_ctx = 4

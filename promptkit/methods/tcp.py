@@ -125,7 +125,7 @@ class TCP(Plugin):
     default_host = (CoOp, {"n_ctx": 4})
     default_host_learns = True
     picture = Picture(
-        text_reference=Target("frozen CLIP,\n“a photo of a”", "1 − cos"),
+        text_reference=Target("frozen CLIP,\na template", "1 − cos"),
         bridges=(Bridge(learned("network $T$"), "text reference", "text tower"),),
         note="at block $l$ tokens $T_c$ take the context's place",
     )

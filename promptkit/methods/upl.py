@@ -94,7 +94,7 @@ class UPL(CoOp):
             (),
             "UPL: its 16 runs",
             "All images for training, without labels, and all classes: none is new to"
-            " it. Its ResNets are no part of this package.",
+            " it.",
         )
     )
 
