@@ -96,6 +96,11 @@ class Plugin(Method):
     def adapt(self, features):
         return self.host.adapt(features)
 
+    def encode(self, batch):
+        if _owner(self.host, "encode"):
+            return self.host.encode(batch)
+        return super().encode(batch)
+
     def score(self, image, text):
         return self.host.score(image, text)
 
@@ -152,9 +157,10 @@ class Plugin(Method):
 _COMPOSED = {
     "text_features": ("text_prompt", "text_edit"),
     "image_features": ("image_prompt", "image_edit"),
+    "encode": ("adapt", "image_features", "image_prompt", "image_edit"),
 }
 # Hooks that a plug-in makes anew of others and never passes on.
-_ANEW = ("encode", "features", "forward", "loss")
+_ANEW = ("features", "forward", "loss")
 
 
 def _overrides(cls: type[Method], hook: str) -> bool:
@@ -175,6 +181,9 @@ def _check_host(plugin: type[Plugin], host: Method) -> None:
         if _owner(host, hook) and not _overrides(plugin, hook):
             unread = parts is None or any(_overrides(plugin, part) for part in parts)
             lost += [hook] if unread else []
+    # Features that a score of their own reads are none that another can (KAPT's).
+    if _owner(host, "encode") and _owner(host, "score"):
+        lost += ["encode"] if _overrides(plugin, "score") else []
     if lost:
         raise InputError(
             f"{plugin.name} cannot extend {host.spec}, which has {lost[0]}() of its own"

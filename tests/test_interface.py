@@ -18,7 +18,13 @@ from promptkit.prompts import Context
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe, specs, supervision
 from promptkit.runs import Run, execute, plan
-from promptkit.testing import NAMES, PROMISES, tiny_clip
+from promptkit.testing import (
+    NAMES,
+    PROMISES,
+    described,
+    saves_and_loads,
+    tiny_clip,
+)
 from promptkit.towers import Edits, Replace
 from promptkit.train import accuracy, fit, visible
 
@@ -618,19 +624,39 @@ def test_a_plugin_that_replaces_a_hook_refuses_a_host_that_has_it(tiny_clip):
 
 
 @pytest.mark.parametrize("plugin", ["dept", "tcp", "weak_detectors"])
-@pytest.mark.parametrize("hook", ["encode", "features"])
-def test_a_host_with_image_features_of_its_own_kind_is_refused(tiny_clip, plugin, hook):
-    """A plug-in makes the image features anew: KAPT's tokens, say, would be lost."""
-    own = {"name": "tokens", hook: lambda self, batch: pytest.fail("never asked")}
-    register(type("Tokens", (REGISTRY["coop"],), own))
-    if (plugin, hook) != ("weak_detectors", "encode"):
-        with pytest.raises(InputError, match=rf"{plugin} cannot extend tokens.*{hook}"):
-            build(f"{plugin}(tokens)", tiny_clip, NAMES)
-    for host in ("kapt", "apex", "awt", "coprompt"):
-        with pytest.raises(InputError):
+def test_a_host_with_features_of_its_own_is_refused(tiny_clip, plugin):
+    own = {"name": "both", "features": lambda self, batch: pytest.fail("never asked")}
+    register(type("Both", (REGISTRY["coop"],), own))
+    with pytest.raises(InputError, match=rf"{plugin} cannot extend both.*features"):
+        build(f"{plugin}(both)", tiny_clip, NAMES)
+
+
+@pytest.mark.parametrize("plugin", ["dept", "weak_detectors"])
+def test_image_features_that_only_their_own_score_reads_are_refused(tiny_clip, plugin):
+    """KAPT's tokens, AWT's views: a plug-in's score would read them as features."""
+    for host in ("kapt", "awt"):
+        with pytest.raises(InputError, match=rf"{plugin} cannot extend {host}"):
             build(f"{plugin}({host})", tiny_clip, NAMES)
-    with pytest.raises(InputError, match=r"dept cannot extend kapt.*encode\(\)"):
-        build("dept(kapt)", tiny_clip, NAMES)
+
+
+@pytest.mark.parametrize("plugin", ["dept", "weak_detectors"])
+@pytest.mark.parametrize("host", ["apex", "coprompt"])
+def test_other_image_features_of_a_host_are_passed_on(
+    plugin, host, tiny_clip, dataset, tmp_path
+):
+    method = build(f"{plugin}({host})", tiny_clip, NAMES)
+    method.aim(described(dataset))
+    batch = batch_of(tiny_clip, dataset)
+    theirs = method.host.eval().encode(batch)
+    assert torch.equal(method.eval().encode(batch)[:, : theirs.shape[1]], theirs)
+    saves_and_loads(f"{plugin}({host})", tiny_clip, tmp_path)
+
+
+def test_tcp_refuses_a_context_that_words_of_each_class_precede(tiny_clip, dataset):
+    method = build("tcp(kapt)", tiny_clip, NAMES)
+    with pytest.raises(InputError, match="at the same place for each"):
+        method.aim(described(dataset))
+        method.text_edit()
 
 
 def test_a_plugin_over_a_plugin_over_a_context_can_be_tuned(tiny_clip):

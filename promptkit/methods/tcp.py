@@ -183,12 +183,7 @@ class TCP(Plugin):
         template: str | None = None,
         ending: str | None = None,
     ):
-        context = getattr(host, "context", None)
-        if context is None or context.position != "end" or context.start is None:
-            raise InputError(
-                "tcp inserts tokens where the context is: its host must have one before"
-                f" the class name, as CoOp has, not {host.spec}"
-            )
+        _check_context(host)
         super().__init__(clip, classnames, host=host)
         blocks = len(clip.text_tower.blocks)
         layers = blocks * 2 // 3 if layer is None else layer
@@ -200,7 +195,7 @@ class TCP(Plugin):
             weights = [weights] * len(layers)
         fits = len(weights) == len(layers) and all(0 <= w <= 1 for w in weights)
         expect(fits, "insert_weight", insert_weight, "from 0 to 1, one for each layer")
-        n_tokens = context.length if n_tokens is None else n_tokens
+        n_tokens = host.context.length if n_tokens is None else n_tokens
         hidden = max(clip.embed_dim // 4, 1) if hidden is None else hidden
         for name, value in (("n_tokens", n_tokens), ("hidden", hidden)):
             expect(value >= 1, name, value, "at least 1")
@@ -239,6 +234,7 @@ class TCP(Plugin):
         return self.meta_net(self.anchor)
 
     def text_edit(self):
+        _check_context(self.host)  # KAPT's words in front of it come with the classes
         start, tokens = self.context.start, self.class_tokens()
         edits = [Blend(layer, start, tokens, w) for layer, w in self.inserted]
         return Edits(super().text_edit(), *edits)
@@ -299,3 +295,13 @@ class TCP(Plugin):
             return replace(recipe, hparams=recipe.hparams | own)
         epochs = 25 if setting.dataset in ("imagenet", "sun397") else 50
         return Recipe(epochs=epochs, optimizer="adam", options={"eps": 1e-3})
+
+
+def _check_context(host) -> None:
+    """A context at the same place for every class."""
+    context = getattr(host, "context", None)
+    if context is None or context.position != "end" or context.start is None:
+        raise InputError(
+            "tcp inserts tokens where the context is: its host must have one before"
+            f" the class name, at the same place for each, as CoOp has, not {host.spec}"
+        )

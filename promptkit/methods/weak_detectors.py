@@ -97,7 +97,6 @@ class WeakDetectors(Plugin):
     year = 2024
     paper = "2404.00603"
     kind = "test-time"
-    replaces = ("encode",)
     picture = Picture(
         heads=(Head("cosine with “a photo of a”", ("image",)),),
         fusion="at test time, image by image, the surer has more weight",
