@@ -560,7 +560,7 @@ def test_describe_says_what_is_about_to_happen():
     facts = planned(shots=4, overrides={"n_ctx": 2, "epochs": 3}).describe()
     assert facts["parameters"] == "64" and "24 images" in facts["shots"]
     assert facts["training"].startswith(
-        "3 epochs, 3 steps of 24, sgd, learning rate 0.024"
+        "3 epochs, 3 steps of 24, sgd, learning rate 0.002"
     )
     assert "training" not in planned("clip").describe()
 
