@@ -9,8 +9,8 @@ of its backbone, with the paper's batch and images that are augmented anew each 
 Meanwhile every call of the towers is noted by its shapes: how many images or classes,
 tokens, what is learned from which block on. From these follow
 
-- *limit*: the floating-point operations that such calls cannot do without (`text_work`,
-  `image_work`: no padding, common beginnings once, a frozen pass without gradients, a
+- *limit*: the floating-point operations that such calls cannot do without (`work`:
+  no padding, common beginnings once, a frozen pass without gradients, a
   gradient from the first learned block on), at the speed that this machine multiplies
   matrices of those sizes with;
 - *plain*: the same calls as the towers of open_clip answer them: every class at all 77
@@ -107,12 +107,12 @@ class Watch:
     """A tower that notes what it is asked."""
 
     def __init__(self, tower, calls):
-        self.tower, self.calls, self.first = tower, calls, None
+        self.tower, self.calls = tower, calls
 
     def __getattr__(self, name):
         return getattr(self.tower, name)
 
-    def __call__(self, given, prompt=None, edit=None, tokens=False, *rest):
+    def __call__(self, given, *how):
         blocks = {id(block): i for i, block in enumerate(self.tower.blocks)}
         learned, whole = [], _Block.qkv
 
@@ -123,20 +123,19 @@ class Watch:
 
         _Block.qkv = qkv
         try:
-            if isinstance(given, torch.Tensor):
-                out = self.tower(given, prompt, edit, tokens, *rest)
-            else:
-                edit, tokens = prompt, edit or False
-                out = self.tower(given, edit, tokens)
+            out = self.tower(given, *how)
         finally:
             _Block.qkv = whole
-        self.calls.append(self._call(given, prompt, edit, min(learned, default=None)))
+        self.calls.append(
+            self._call(given, *how[:1], learned=min(learned, default=None))
+        )
         return out
 
-    def _call(self, given, prompt, edit, learned):
+    def _call(self, given, more=None, learned=None):
+        """``more`` is an image's prompt, a text's edit."""
         blocks = len(self.tower.blocks)
         if isinstance(given, torch.Tensor):
-            n = 0 if prompt is None else prompt.shape[-2]
+            n = 0 if more is None else more.shape[-2]
             own = len(given) * (self.tower.length + n)
             patches = len(given) * (self.tower.length - 1)
             stem = 2 * patches * self.tower.visual.conv1.weight.numel()
@@ -145,7 +144,7 @@ class Watch:
         own = int((given.eot + 1).sum())
         least, moved = P, []
         for layer in range(blocks):
-            least = min(least, (edit or Edit()).shared(layer, P))
+            least = min(least, (more or Edit()).shared(layer, P))
             moved.append(P - least)
         return Call("text", len(given.eot), G, P, own, 0, tuple(moved), learned)
 

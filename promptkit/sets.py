@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from promptkit.descriptions import as_many, key_of
+from promptkit.descriptions import as_many, said_of
 from promptkit.errors import expect
 from promptkit.method import Method
 from promptkit.transport import sinkhorn
@@ -105,8 +105,8 @@ class Sets(Method):
     def texts(self) -> list[list[str]]:
         """D sentences of each class."""
         said, names = self.option("descriptions"), self.classnames
-        keys = zip(names, key_of(said, names), strict=True)
-        about = {name: list(said.get(key, ())) for name, key in keys}
+        pairs = zip(names, said_of(said, names), strict=True)
+        about = {name: list(texts or ()) for name, texts in pairs}
         about = as_many(about) if self.sentences and any(about.values()) else {}
         starts = [self.option("template").replace("{}", name) for name in names]
         lists = [about.get(name, [])[: self.sentences] for name in names]

@@ -4,9 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from promptkit import data
+from promptkit.data.content import ahead
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
 from promptkit.method import Batch, Method
@@ -246,22 +245,6 @@ def _number(*parts: int) -> int:
     """A seed made of several numbers."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
-
-
-def ahead(read: Callable, batches: Iterable, most: int = 2) -> Iterator:
-    """``map(read, batches)`` in order, by a thread that is up to ``most`` batches
-    ahead: images are decoded and cropped while the device works.
-    """
-    reading, thread = deque(), ThreadPoolExecutor(1, "batches")
-    try:
-        for indices in batches:
-            reading.append(thread.submit(read, indices))
-            if len(reading) > most:
-                yield reading.popleft().result()
-        while reading:
-            yield reading.popleft().result()
-    finally:
-        thread.shutdown(cancel_futures=True)
 
 
 def reader(

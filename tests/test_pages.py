@@ -107,10 +107,12 @@ def test_leaderboard(tmp_path, monkeypatch):
 
 def test_what_the_leaderboard_asks_for():
     plans = pages.asked(["sat"], [1, 2])
-    asked = [(p.config["method"], p.config["seed"]) for p in plans]
-    assert ("clip", 0) in asked and ("dept(coop)", 2) in asked
-    assert asked.count(("coop", 1)) > 1  # its own recipe, and its plug-ins'
-    found = {name.partition("(")[0] for name, _ in asked}
+    names = [(p.config["method"], p.config["seed"]) for p in plans]
+    assert ("clip", 0) in names and ("dept(coop)", 2) in names
+    assert names.count(("coop", 1)) == 6  # its own recipe, and its plug-ins'
+    keys = [(p.run.overrides, *key) for p, key in zip(plans, names, strict=True)]
+    assert all(keys.count(key) == 1 for key in keys)  # nothing is asked twice
+    found = {name.partition("(")[0] for name, _ in names}
     assert found == set(methods()) - set(pages.LEFT_OUT)
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from promptkit.data import transform
+from promptkit.data.content import ahead
 from promptkit.errors import InputError
 from promptkit.method import REGISTRY, Batch, Method, register
 from promptkit.plugin import Plugin
 from promptkit.recipe import Recipe, Setting, for_profile, learning_rate
 from promptkit.registry import build, from_official, load_method, recipe
 from promptkit.testing import NAMES
-from promptkit.train import DivergedError, History, accuracy, ahead, fit, shuffled
+from promptkit.train import DivergedError, History, accuracy, fit, shuffled
 
 
 @pytest.fixture(autouse=True)

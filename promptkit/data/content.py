@@ -6,6 +6,8 @@ import hashlib
 import os
 import struct
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +34,22 @@ def workers() -> ThreadPoolExecutor:
 @lru_cache(1)
 def _workers(process):
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1), "images")
+
+
+def ahead(read: Callable, batches: Iterable, most: int = 2) -> Iterator:
+    """``map(read, batches)`` in order, by a thread that is up to ``most`` batches
+    ahead: images are decoded and cropped while the device works.
+    """
+    reading, thread = deque(), ThreadPoolExecutor(1, "batches")
+    try:
+        for indices in batches:
+            reading.append(thread.submit(read, indices))
+            if len(reading) > most:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 class Digests:

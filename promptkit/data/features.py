@@ -4,7 +4,6 @@ computed once.
 
 import hashlib
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 from tqdm import tqdm
 
-from promptkit.data.content import workers
+from promptkit.data.content import ahead, workers
 from promptkit.data.images import Files
 from promptkit.data.store import Store
 from promptkit.errors import InputError
@@ -181,15 +180,10 @@ def _fill(clip, split, store, names, found):
     bar = tqdm(
         total=count, desc="image features", unit="image", disable=not slow, leave=False
     )
-    # the next chunk is read while the GPU works on this one
-    with bar, ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(read, chunks[0])
-        for n, chunk in enumerate(chunks):
-            now, images = following.result()
-            if n + 1 < len(chunks):
-                following = ahead.submit(read, chunks[n + 1])
+    with bar:
+        for now, images in ahead(read, chunks, most=1):
             features = clip.encode_image(images).float().cpu().numpy().astype("<f4")
             computed = dict(zip(now, features, strict=True))
             store.put({name: row.tobytes() for name, row in computed.items()})
             found |= computed
-            bar.update(len(chunk))
+            bar.update(len(now))

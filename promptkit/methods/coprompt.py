@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from promptkit.descriptions import as_many, key_of
+from promptkit.descriptions import as_many, said_of
 from promptkit.errors import InputError, expect
 from promptkit.method import register
 from promptkit.methods.maple import MaPLe
@@ -221,8 +221,8 @@ class CoPrompt(MaPLe):
         said = self.option("descriptions") or {
             n: [PLAIN.replace("{}", n)] for n in names
         }
-        keys = zip(names, key_of(said, names), strict=True)
-        about = as_many({name: said.get(key, []) for name, key in keys})
+        pairs = zip(names, said_of(said, names), strict=True)
+        about = as_many({name: texts or [] for name, texts in pairs})
         rows = zip(*(about[name] for name in names), strict=True)
         texts = [text for row in rows for text in row]  # N for each of C
         features = self.clip.encode_text(texts).unflatten(0, (-1, len(names)))
