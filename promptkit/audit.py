@@ -147,8 +147,9 @@ def fill(
 ) -> tuple[int, int]:  # fmt: skip
     """Make the runs that the book asks for and that do not ship, and ship them.
 
-    They are stored as they are made, in ``fill`` of the results folder: when this is
-    killed, the next one goes on from there.
+    They are made seed by seed, so that what is there at any time is about as much of
+    everything, and stored as they are made, in ``fill`` of the results folder: when
+    this is killed, the next one goes on from there.
 
     Args:
         chapters, folder: see :func:`requests`.
@@ -187,6 +188,7 @@ def fill(
         for key, planned in asked.items()
         if key in set(old) or evidence.find(planned.config) is None
     }
+    todo = dict(sorted(todo.items(), key=lambda item: item[1].run.seed))
     where = results_dir() / "fill"
     execute_all(
         todo.values(), workers, scheduler, progress, where, shipped=False,

@@ -181,7 +181,9 @@ class LoGoPrompt(WritesNames, Method):
 
     def encode(self, batch):
         """Of the images without names: those that the batch carries, if any."""
-        return super().encode(batch) if batch.features is None else batch.features
+        if batch.features is None or batch.images is None:
+            return super().encode(batch)
+        return batch.features
 
     def confident(self, batch, image, text, classes, generator=None, score=None):
         """log p(c | x) of all classes (B, C), and log p(c | x_c) of some, (B, K)."""
