@@ -251,7 +251,8 @@ def difference_bars(
             axis.set_xlabel(f"{first} − {second} (points)")
             axis.set_title(SPLITS.get(split, split))
             axis.grid(axis="y", visible=False)
-            axis.legend(loc="lower right")
+        named = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*named, loc="outside lower center")  # bars go both ways
     return figure
 
 
