@@ -209,6 +209,8 @@ class ProGrad(CoOp):
         return loss.detach(), domain, general
 
     def backward(self, batch, outer=None):
+        if self.lam == 0:  # nothing is taken away from the gradient of the loss
+            return super().backward(batch, outer)
         loss, domain, general = self.gradients(batch, outer)
         learned = [p for p in (outer or self).parameters() if p.requires_grad]
         for p, g_d, g_g in zip(learned, domain, general, strict=True):
