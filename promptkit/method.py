@@ -160,6 +160,8 @@ class Method(nn.Module, metaclass=MethodType):
     # "pool", all training images without labels (UPL, PromptKD, CasPL's first stage);
     # "texts" (ProText); "none".
     supervision: ClassVar[str] = "shots"
+    # In a transfer it learns on each target's own images, without labels (PromptKD).
+    by_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = True  # whether anything in it is random
     plugin: ClassVar[bool] = False  # whether it takes a host=
     # What a plug-in extends if no host is named: a class with its hyperparameters, and

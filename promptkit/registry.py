@@ -143,6 +143,14 @@ def supervision(spec: str) -> set[str]:
     return own | (supervision(host) if host else set())  # own speaks for a default host
 
 
+def by_target(spec: str) -> bool:
+    """Whether a transfer has a training for each target, on its images without labels:
+    where a part of the method asks for it and none learns from labels or texts.
+    """
+    parts = any(cls.by_target for cls in nesting(spec))
+    return parts and supervision(spec) == {"pool"}
+
+
 def recipe(spec: str, setting: Setting) -> Recipe:
     """The recipe of a method, or of plug-ins around one, in a setting and its profile.
 

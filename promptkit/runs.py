@@ -13,7 +13,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,7 @@ from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
 from promptkit.method import Method
 from promptkit.recipe import TRANSFER, Recipe, Setting
-from promptkit.registry import build, load_method, nesting, supervision
+from promptkit.registry import build, by_target, load_method, nesting, supervision
 from promptkit.results import (
     PROBE,
     config_hash,
@@ -120,6 +120,25 @@ class Plan:
             return data.base_new(drawn)[0]
         return drawn
 
+    @cached_property
+    def students(self) -> list["Plan"]:
+        """A transfer's runs, one a target, where the method learns on each target's own
+        images without labels; empty elsewhere. The shifted versions have test images
+        alone, which are learned on, too.
+        """
+        if self.run.protocol not in TRANSFER or not by_target(self.run.method):
+            return []
+        texts = self.config["texts"][1:]
+        return [
+            replace(
+                self,
+                source=t if len(t.train) else replace(t, train=t.test),
+                targets=[],
+                config=self.config | {"dataset": t.name, "texts": [said]},
+            )
+            for t, said in zip(self.targets, texts, strict=True)
+        ]
+
     def build(self, dataset, **objects) -> Method:
         """The method with its initial values, aimed at a dataset.
 
@@ -141,6 +160,10 @@ class Plan:
         method.aim(dataset)
         return method
 
+    def images(self, dataset) -> list[int]:
+        """How many images each training has: one on a dataset, or one a target."""
+        return [len(p.source.train) for p in self.students] or [len(dataset.train)]
+
     def steps(self, images: int) -> int:
         """How many steps the training on so many images takes."""
         steps = sum(part.steps(images) * part.epochs for part in self.recipe.parts())
@@ -159,12 +182,13 @@ class Plan:
                 f" {self.config['clip']['precision']}"
             ),
             "data": f"{self.source.name}, {len(dataset.classnames)} classes"
-            + (f"; tested on {targets}" if targets else ""),
+            + (f"; tested on {targets}" if targets else "")
+            + ("; a student learns on each target's images" * bool(self.students)),
         }
         if self.recipe.trains and learned:
-            images, batch = len(dataset.train), self.recipe.batch_size
-            kinds = supervision(run.method)
-            steps = f"{self.steps(images)} steps of {min(batch, images)}"
+            each, batch = self.images(dataset), self.recipe.batch_size
+            kinds, images = supervision(run.method), sum(each)
+            steps = f"{sum(map(self.steps, each))} steps of {min(batch, *each)}"
             if "shots" in kinds:
                 out["shots"] = f"{run.shots} a class, {images} images; seed {run.seed}"
             elif "pool" in kinds:  # which of them it takes, it decides itself
@@ -197,7 +221,7 @@ def estimate(plan: Plan) -> dict[str, str]:
     part = next(plan.recipe.parts())
     given = method.prepare(train.visible(method, dataset), part, generator, 0)
     batch = min(part.batch_size, len(given.train))
-    steps = plan.steps(len(given.train))
+    steps = sum(map(plan.steps, plan.images(given)))
     few = given.train.take(range(batch))  # features of these alone, not of the set
     read = train.reader(method.train(), few, generator, part)
     for _ in range(2):  # the first warms up
@@ -545,12 +569,22 @@ def execute(
         value = probe.linear_probe(planned.clip, planned.training_set())
         rows, history, learned = [_number(source.name, "all", value)], History(), None
     else:
-        method, targets, history = _trained(planned, results, progress, force)
-        if save:
-            method.save(save)
+        if save and planned.students:
+            raise InputError(
+                f"{planned.run.method} learns a student for each target, and {save}"
+                " takes one: run it on the target by the protocol few-shot"
+            )
         every = 5 if planned.run.profile == "smoke" else 1
         options = {"seed": planned.config["seed"], "every": every}
-        rows = measure(method, source, targets, planned.run.protocol, **options)
+        rows, history = [], History()
+        for part in planned.students or [planned]:
+            method, targets, own = _trained(part, results, progress, force)
+            protocol = part.run.protocol
+            rows += measure(method, part.source, targets, protocol, **options)
+            history.losses += own.losses
+            history.seconds += own.seconds
+        if save:
+            method.save(save)
         learned = method.n_parameters
     record = _record(
         planned.config,

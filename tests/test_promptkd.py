@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from promptkit import runs
 from promptkit.chapter import Chapter
 from promptkit.data import base_new, transform
 from promptkit.errors import InputError
@@ -15,8 +16,8 @@ from promptkit.methods.promptkd import as_seen_by, divergence
 from promptkit.recipe import PROTOCOLS, Recipe, Setting
 from promptkit.registry import build, load_official, recipe
 from promptkit.runs import Run, plan
-from promptkit.testing import NAMES, PROMISES, tiny_clip
-from promptkit.train import fit
+from promptkit.testing import NAMES, PROMISES, tiny_clip, toy_dataset
+from promptkit.train import accuracy, fit, visible
 
 QUICK = Recipe(epochs=3, batch_size=8, lr=0.002, augment=False)
 
@@ -219,3 +220,50 @@ def test_a_chapter_has_the_teacher_trained_before_the_student(tmp_path):
     taught = done.method.teacher.state_dict()
     learned = [key for key, p in done.method.teacher.named_parameters()]
     assert any(not torch.equal(fresh[key], taught[key]) for key in learned)
+
+
+def test_a_transfer_has_a_student_for_each_target(tiny_clip, monkeypatch, tmp_path):
+    """The teacher learns on the source, each student on its target's own images."""
+    monkeypatch.setattr("promptkit.runs._clip", lambda *a: tiny_clip)
+    monkeypatch.setenv("PROMPTKIT_RESULTS", str(tmp_path / "results"))
+    source, one, two = (
+        replace(toy_dataset(tiny_clip, shots=n), name=f"toy{n}") for n in (2, 3, 4)
+    )
+    bare = replace(two, name="bare", train=two.train.take([]), val=two.val.take([]))
+    monkeypatch.setattr(runs, "_shifts", lambda *a: [bare])
+    trainings, fitted = [], runs.fit
+
+    def fit_(method, dataset, *args, **more):
+        seen = visible(method, dataset).train
+        trainings.append((method, dataset.name, len(seen), int(seen.labels.min())))
+        return fitted(method, dataset, *args, **more)
+
+    monkeypatch.setattr(runs, "fit", fit_)
+    options = {"shots": 2, "clip": tiny_clip, "max_steps": 2}
+    options["overrides"] = {"depth_vision": 1}
+    across = Run("cross-dataset", "promptkd", source, (one, two), **options)
+    rows = runs.execute(across)
+    assert rows["target"].tolist() == ["toy3", "toy4"]
+    assert set(rows["dataset"]) == {"toy2"}
+    taught = [(name, images, label) for _, name, images, label in trainings]
+    n = len(NAMES)
+    assert taught == [("toy2", 2 * n, 0), ("toy3", 3 * n, -1), ("toy4", 4 * n, -1)]
+    teacher, first, second = (method for method, *_ in trainings)
+    assert first.teacher.trained_on == teacher.trained_on and first is not second
+    student = build("promptkd", tiny_clip, NAMES, teacher=first.teacher, depth_vision=1)
+    fitted(student, one, plan(across).recipe, seed=0, max_steps=2, progress=False)
+    assert rows["value"][0] == pytest.approx(accuracy(student, one.test))
+
+    shifted = runs.execute(
+        replace(across, protocol="domain-generalization", targets=())
+    )
+    assert shifted["target"].tolist() == ["bare"]
+    assert len(trainings) == 4  # the teacher is the same one
+    assert trainings[-1][1:] == ("bare", len(bare.test), -1)
+    with pytest.raises(InputError, match="a student for each target"):
+        runs.execute(across, save=tmp_path / "student.safetensors")
+    assert "a student learns on each target's images" in plan(across).describe()["data"]
+    images = f"{7 * n} images without labels"
+    assert images in plan(across).describe()["pool"]
+    few = plan(replace(across, protocol="few-shot", targets=()))
+    assert few.students == [] and plan(across).students[0].source is one

@@ -43,8 +43,11 @@ def told(item, sentence):
     return f"{item}: {sentence}"
 
 
-def whereabouts(x):
+def whereabouts(x, meeting):
     print("not an answer")  # must not get among them
+    (meeting / x).touch()
+    while len(list(meeting.iterdir())) < 2:  # so that no process answers both calls
+        time.sleep(0.01)
     return os.getpid(), os.getcwd(), os.environ.get("PLACE"), list(sys.path)
 
 
@@ -83,11 +86,14 @@ def test_functions_of_a_notebook():
 
 
 def test_a_worker_stands_where_its_parent_does(tmp_path, monkeypatch):
-    first = dict(parallel(whereabouts, "ab", 2))
+    meetings = tmp_path / "first", tmp_path / "second"
+    for meeting in meetings:
+        meeting.mkdir()
+    first = dict(parallel(whereabouts, "ab", 2, meeting=meetings[0]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PLACE", "here")
     monkeypatch.syspath_prepend(tmp_path / "more")
-    second = dict(parallel(whereabouts, "ab", 2))
+    second = dict(parallel(whereabouts, "ab", 2, meeting=meetings[1]))
     for pid, folder, place, path in second.values():
         assert pid != os.getpid() and folder == str(tmp_path) and place == "here"
         assert path[0] == str(tmp_path / "more")

@@ -7,10 +7,12 @@ PromptKD: Unsupervised Prompt Distillation for Vision-Language Models; Li et al.
 Deviations: everything is float32 by default, where the published runs are in half
 precision. The published code chooses the epoch, and the teacher, by the accuracy on
 test images; here the last epoch is the result, and one teacher of seed 1 serves all
-students. In the transfer protocols the paper trains one student for each target, on
-that target's images; here one student learns on the images of the source. As in that
-code, and not in the paper, the divergence is divided by B C and multiplied by 1000, or
-200.
+students. As in that code, and not in the paper, the divergence is divided by B C and
+multiplied by 1000, or 200.
+
+In the transfer protocols the teacher learns on the source, and one student for each
+target on that target's images without labels, as published: those for training, and in
+the shifted versions, which have none, those for testing.
 """
 
 from typing import Literal
@@ -76,6 +78,7 @@ class PromptKD(Method):
     kind = "distillation"
     reads = "images"
     supervision = "pool"
+    by_target = True
     picture = Picture(
         text=("SOS", "teacher's $v$", "[class]", ".", "EOT"),
         image=("CLS", "patches of the image", learned("$q_0$")),
@@ -126,9 +129,8 @@ class PromptKD(Method):
             ("ViT-B-16",),
             (),
             "PromptKD: its cross-dataset scripts",
-            "Depth 3, the teacher's 9. The paper trains one student for each target, on"
-            " the target's own images; here one learns on the source's.",
-            extrapolation=True,
+            "Depth 3, the teacher's 9. One student for each target, on the target's"
+            " own images.",
         )
     )
 
