@@ -3,6 +3,7 @@
     python benchmarks/limit.py                       # every method, about an hour
     python benchmarks/limit.py coop maple tpt        # some of them
     python benchmarks/limit.py --device cuda --precision bf16 --json limit.json
+    python benchmarks/limit.py coop --costs promptkit/assets/costs.csv
 
 A method is run as :func:`promptkit.train.fit` and ``predict`` run it, at the true size
 of its backbone, with the paper's batch and images that are augmented anew each step.
@@ -21,12 +22,15 @@ that is not needed would not show. Weights are random; speed does not depend on 
 a CPU times are those that the process had a processor for, summed over its threads, so
 that other work on the machine counts little. Each method has a process of its own, so
 that peak memory above rest is its own.
+
+The same counts tell how much of the operations is the text tower's, and what either
+tower keeps for the gradient: with them `promptkit.costs` tells what a step takes with
+another number of classes. ``--costs`` puts the rows into its table.
 """
 
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,12 +48,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from promptkit import costs
 from promptkit.clip import FrozenCLIP
 from promptkit.data import transform
 from promptkit.recipe import Setting
-from promptkit.registry import build, objects, recipe, specs
+from promptkit.registry import build, nesting, objects, recipe, specs
+from promptkit.runs import _forget_peak, _peak_memory
 from promptkit.testing import described, toy_dataset
-from promptkit.towers import Edit, _Block, plain_text
+from promptkit.towers import Edit, _Block, _trim, plain_text
 from promptkit.train import fit
 
 # --- what cannot be avoided -----------------------------------------------------------
@@ -79,18 +85,27 @@ def matmuls(tokens, keys, D, last=None):
     return 2 * D * D * (2 * tokens + 10 * read), share * 2 * 2 * keys * D
 
 
+def tokens_of(call: Call, block) -> float:
+    """Tokens that a block cannot do without."""
+    if call.tower == "image":
+        return call.own
+    moved = call.moved[block]
+    each = call.own / call.rows + moved
+    return call.groups * (call.prefix - moved + call.rows * each)
+
+
 def work(call: Call, D, blocks) -> Counter:
     """Operations by the number of tokens that are multiplied at once."""
     found = Counter({call.own: call.stem})
     for block in range(blocks):
+        tokens = tokens_of(call, block)
         if call.tower == "text":
             moved = call.moved[block]
             shared, length = call.prefix - moved, call.own / call.rows + moved
-            tokens = call.groups * (shared + call.rows * length)
             seen = shared * shared / 2 + call.rows * length * (shared + length / 2)
             keys, last = call.groups * seen, call.groups * call.rows
         else:
-            tokens, last = call.own, call.rows
+            last = call.rows
             keys = call.own * call.own / call.rows
         linear, attention = matmuls(
             tokens, keys, D, last if block == blocks - 1 else None
@@ -101,6 +116,33 @@ def work(call: Call, D, blocks) -> Counter:
             attention *= 1.5  # the gradient of a product has two
         found[round(tokens)] += passes * (linear + attention)
     return found
+
+
+def computed(call: Call, D, blocks) -> float:
+    """Operations in all."""
+    return work(call, D, blocks).total()
+
+
+def kept(call: Call, D, blocks) -> float:
+    """MiB that are kept for the gradient, by the towers' own reckoning: ten floats a
+    channel and token of every block, where one learns.
+    """
+    if call.learned is None:
+        return 0.0
+    return sum(tokens_of(call, i) for i in range(blocks)) * D * 40 / 2**20
+
+
+def by_tower(calls, clip, count) -> Counter:
+    """What ``count`` counts in calls, by tower."""
+    found = Counter(text=0, image=0)
+    for call in calls:
+        blocks = len(getattr(clip, f"{call.tower}_tower").blocks)
+        found[call.tower] += count(call, width(clip, call.tower), blocks)
+    return found
+
+
+def width(clip, tower) -> int:
+    return clip.width if tower == "text" else clip.vision_width
 
 
 class Watch:
@@ -191,7 +233,7 @@ def limit(calls, clip) -> float:
     seconds = 0.0
     for call, times in Counter(calls).items():
         tower = getattr(clip, f"{call.tower}_tower")
-        D = clip.width if call.tower == "text" else clip.vision_width
+        D = width(clip, call.tower)
         for tokens, operations in work(call, D, len(tower.blocks)).items():
             near = tokens if tokens < 64 else 64 * round(tokens / 64)
             rate = speed(min(max(near, 1), 4096), D, clip.dtype, clip.device)
@@ -239,10 +281,15 @@ def plain(calls, clip) -> float:
 
 
 def peak(device) -> float:
-    """MiB, the most that were held so far."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB, the most that were held since ``rest``."""
+    return (_peak_memory(torch.device(device)) or 0) / 2**20
+
+
+def rest(device) -> float:
+    """MiB that are held now; peaks count from here on, where the system can."""
+    _trim()
+    _forget_peak(torch.device(device))
+    return peak(device)
 
 
 def measure(spec, classes, model, device, precision, steps) -> dict:
@@ -259,8 +306,14 @@ def measure(spec, classes, model, device, precision, steps) -> dict:
         for name, cls in objects(spec).items()
         if name in cls.needs()
     }
+    # What hangs on the toy's images: UPL takes all of them, as random weights give few
+    # labels, and Tip-Adapter keeps 16 a class.
+    fixed = {"top_k": -1, "cache_size": 16}
+    known = nesting(spec)[0].hyperparameters()
+    stands |= {name: value for name, value in fixed.items() if name in known}
     method = build(spec, clip, names, **ours.hparams | stands)
     method.aim(dataset)
+    learned = method.n_parameters
     calls, began, marks = [], [], []
     clip.text_tower = Watch(clip.text_tower, calls)
     clip.image_tower = Watch(clip.image_tower, calls)
@@ -274,16 +327,21 @@ def measure(spec, classes, model, device, precision, steps) -> dict:
     method.backward = watched
     brief = {"epochs": 1, "epoch_steps": steps + 1}
     stages = [replace(stage, **brief) for stage in ours.stages]
-    rest = peak(device)
+    before = rest(device)
     fit(method, dataset, replace(ours, **brief, stages=stages), progress=False)
     del method.backward
+    memory = peak(device) - before
     out = {"method": spec, "classes": classes, "batch": ours.batch_size}
+    out["parameters"] = max(learned, method.n_parameters)
+    out["room"] = clip.text_tower.budget / 2**20
     if len(began) > 2:
         # From a step's forward to the next one's: with what reads and augments.
         out["step"] = min(b - a for a, b in pairwise(began[-steps:]))
         during = calls[marks[-2] : marks[-1]]
         out |= _told("step", during, out["step"], clip)
-        out["step_memory"] = peak(device) - rest
+        out["step_memory"] = memory
+        for tower, size in by_tower(during, clip, kept).items():
+            out[f"kept_{tower}"] = size
     method.eval()
     images = transform(clip, dataset.test.images()[:steps]).to(device)
     method.predict(images[:1])  # what is made once from the names
@@ -297,6 +355,8 @@ def measure(spec, classes, model, device, precision, steps) -> dict:
 def _told(what, calls, seconds, clip):
     least = limit(calls, clip)
     told = {f"{what}_limit": least, f"{what}_share": least / seconds}
+    found = by_tower(calls, clip, computed)
+    told[f"{what}_text"] = found["text"] / (found.total() or 1)
     return told | {f"{what}_plain": plain(calls, clip)}
 
 
@@ -348,6 +408,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3, help="the fastest counts")
     parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--costs", help="table of costs to put the rows into")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.here:
@@ -364,6 +425,10 @@ def main():
         if asked.json:
             Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n")
     Console(width=140).print(shown(rows))
+    if asked.costs:
+        where = costs.machine(asked.device), asked.precision, asked.model
+        n = costs.merge(rows, *where, asked.costs)
+        print(f"{asked.costs} has {n} rows now, with these of {', '.join(where)}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Pages of the book that are made from stored runs: the leaderboard and the collected
-claims.
+"""Pages of the book that are made from what was measured: the leaderboard, what the
+methods cost, and the collected claims.
 """
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from promptkit.data import MINI_TASKS
+from promptkit.costs import Costs, every, work
+from promptkit.data import DATASETS, MINI_TASKS
 from promptkit.data.tasks import PLAIN
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
 from promptkit.grids import grid, known
-from promptkit.plots import base_new_plane
-from promptkit.recipe import Setting
-from promptkit.registry import methods, parse, recipe
+from promptkit.plots import base_new_plane, cost_plane
+from promptkit.recipe import TRANSFER, Setting
+from promptkit.registry import methods, parse, recipe, specs
 from promptkit.results import (
     Claim,
     check_claim,
@@ -180,24 +182,13 @@ def leaderboard(folder="book", runs: pd.DataFrame | None = None) -> Path:
             "none of the leaderboard's runs are there: make them by 'promptkit evidence"
             " fill --chapters leaderboard'"
         )
-    runs = runs.assign(label=label(runs))
     tasks = runs["dataset"].nunique()
     seeds = runs.loc[runs["seed"] > 0, "seed"].nunique()
-    size = runs.groupby("label").apply(
-        lambda part: len(part[["dataset", "seed"]].drop_duplicates())
-    )
-    unseeded = runs.groupby("label")["seed"].max() == 0
-    whole = size[(size == tasks * seeds) | (unseeded & (size == tasks))].index
-    ranked = runs[runs["label"].isin(whole)]
-    with plt.rc_context({"svg.hashsalt": "promptkit"}):
-        names = {name: _shown(name) for name in whole}
+    ranked = _whole(runs)
+    names = {name: _shown(name) for name in ranked["label"].unique()}
+    with _drawing():
         figure = base_new_plane(ranked, list(_pairs(ranked)), names)
-        image = Path(folder) / "_static" / "leaderboard.svg"
-        write_atomically(
-            image,
-            lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
-        )
-        plt.close(figure)
+        _save(figure, folder, "leaderboard")
     text = f"""# Leaderboard
 
 Every method of this book on the same footing: the {tasks} tasks of the mini world, 16
@@ -239,6 +230,241 @@ nobody changes a method; the second writes this page.
     return write_atomically(
         Path(folder) / "leaderboard.md", lambda file: file.write(text.encode())
     )
+
+
+def _whole(runs) -> pd.DataFrame:
+    """The rows of those labels that were measured on all datasets and seeds that any
+    was.
+    """
+    runs = runs.assign(label=label(runs))
+    tasks = runs["dataset"].nunique()
+    seeds = runs.loc[runs["seed"] > 0, "seed"].nunique()
+    size = runs.groupby("label").apply(
+        lambda part: len(part[["dataset", "seed"]].drop_duplicates())
+    )
+    unseeded = runs.groupby("label")["seed"].max() == 0
+    whole = size[(size == tasks * seeds) | (unseeded & (size == tasks))].index
+    return runs[runs["label"].isin(whole)]
+
+
+def _drawing():
+    """What makes the names inside of an SVG the same each time."""
+    return plt.rc_context({"svg.hashsalt": "promptkit"})
+
+
+def _save(figure, folder, name):
+    image = Path(folder) / "_static" / f"{name}.svg"
+    write_atomically(
+        image,
+        lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
+    )
+    plt.close(figure)
+
+
+def costs(folder="book", runs: pd.DataFrame | None = None, table=None) -> Path:
+    """Write ``costs.md`` and its figure into a folder: what each method learns, what a
+    step and a test image take, and what the real benchmark takes by that.
+
+    The text stands on the table of costs and the methods' recipes, the figure on runs.
+
+    Args:
+        folder: of the book's pages.
+        runs: base-to-new rows of the mini profile, as for :func:`leaderboard`; those
+            of its methods that it ranks are drawn, hosts at other settings aside.
+        table: file of a table of costs, see :mod:`promptkit.costs`; by default the one
+            that ships.
+
+    Raises:
+        InputError: there are no such runs, or the table is damaged.
+    """
+    runs = known(asked()) if runs is None else runs
+    drawn = _whole(runs) if len(runs) else runs
+    drawn = drawn[drawn["label"].isin(ranked())] if len(drawn) else drawn
+    if not len(drawn):
+        raise InputError(
+            "none of the leaderboard's runs are there: make them by 'promptkit evidence"
+            " fill --chapters leaderboard'"
+        )
+    with _drawing():
+        names = {name: title(name) for name in drawn["label"].unique()}
+        _save(cost_plane(drawn, names), folder, "costs")
+    measured = "\n\n".join(map(_costs, every(table)))
+    text = f"""# What it costs
+
+What a method learns, how long it trains and tests, and the memory that this takes: on
+the mini world as this book's runs took it, and on the real benchmark as the papers'
+recipes would.
+
+```{{figure}} _static/costs.svg
+:alt: Each method as a point, seconds of a run across, harmonic mean up.
+What a run on the mini world takes, training and testing, on one thread of a processor,
+and the harmonic mean of base and new accuracy. On the dotted line are the methods that
+no cheaper one exceeds.
+```
+
+The mini world is small, its recipes do not augment, and the features of its images are
+computed once: methods that leave the image tower alone are cheap there. On real images,
+with crops and flips that are drawn anew, every step runs both towers.
+
+## How the numbers come about
+
+On each machine below, one training step and one test image of a method were measured,
+at the true size of the model and by its recipe for base-to-new, whose hyperparameters
+stand for those of the other protocols. All else is arithmetic: the steps of the paper's
+recipe, all stages, times the seconds of one, and the test images times the seconds of
+one, for 16 shots, one seed, and all datasets of the protocol together. These are
+estimates, for comparing methods and planning a week, and not measured runs.
+
+- **Other numbers of classes.** A step has to do with 5 to 1,000 classes. Where a method
+  was measured with two numbers of them, a line through both tells the time of a step.
+  Else the text tower's share of the operations grows in proportion to the classes, all
+  else to the batch. Where a tower would keep more than its room for the gradient
+  (2 GiB, on a card half its memory), it computes that part twice.
+- **Memory** is what the largest step adds, at most, to a process that holds CLIP
+  (0.6 GiB in float32) and the libraries (0.7 GiB). It grows with what is kept for the
+  gradient.
+- **Stages** of one method all cost what the last does.
+- **Not counted** are what is done once, such as the features of a pool of images,
+  Tip-Adapter's cache or the training of a teacher, and what a slow disk takes.
+- **Cached features.** A recipe without crops and flips reads image features that are
+  computed once, where its method asks for no more; these steps cost less than told.
+- **Processors** are measured in processor time, summed over threads: with several, the
+  clock shows less. Test images go one by one; a card likes batches better.
+- **A card is another machine.** No row here tells its times but its own.
+
+A dash stands where this says nothing: a step was not measured, or how many there are
+depends on the sentences that come with the data.
+
+{measured}
+
+## The numbers of your card
+
+```bash
+bash benchmarks/gpu.sh
+promptkit pages
+```
+
+The first measures a handful of methods on the card and puts their rows into
+`promptkit/assets/costs.csv`, under the card's name; `METHODS="coop maple"` chooses
+others. The second adds the card to this page. Both files make a pull request. A single
+method, here on a processor:
+
+```bash
+python benchmarks/limit.py maple --classes 100 --costs promptkit/assets/costs.csv
+```
+"""
+    return write_atomically(
+        Path(folder) / "costs.md", lambda file: file.write(text.encode())
+    )
+
+
+def _costs(found: Costs) -> str:
+    """What one machine measured, and the real benchmark by that."""
+    lacking = [s for s in {*specs(), *ranked(), *LEFT_OUT} if s not in found.methods]
+    left_out = "; ".join(sorted(map(title, lacking), key=str.lower))
+    note = f"Not measured here: {left_out}." if lacking else ""
+    return f"""## {found.machine}, {found.precision}
+
+One training step and one test image, {found.model}. *By open_clip* is what the same
+step takes where every class and every image goes through open_clip's own towers at full
+length.
+
+{_measured(found)}
+
+{note}
+
+### Base-to-new
+
+Eleven datasets; training on half of the classes, tests on either half.
+
+{_bills(found, ["base-to-new"], DATASETS)}
+
+### Few-shot
+
+Eleven datasets, all classes.
+
+{_bills(found, ["few-shot"], DATASETS)}
+
+### From ImageNet
+
+Trained once on all of its classes, and tested on ImageNet and ten other datasets
+(cross-dataset) or its four shifts (domain generalization).
+
+{_bills(found, TRANSFER, ["imagenet"])}"""
+
+
+def _measured(found) -> str:
+    lines = [
+        "| method | learned | classes | batch | step | by open_clip | memory |"
+        " test image |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    rows = [row for method in found.methods for row in found.rows(method)]
+    rows.sort(key=lambda row: (row["step"] if row["step"] > 0 else 0, row["test"]))
+    for row in rows:
+        cells = [title(row["method"]), f"{row['parameters']:,.0f}"]
+        cells += [f"{row['classes']:.0f}"]
+        trains = row["step"] > 0
+        cells += [f"{row['batch']:.0f}" if trains else ""]
+        cells += [
+            _seconds(row[key]) if trains else "" for key in ("step", "step_plain")
+        ]
+        cells += [_unit(f"{row['step_memory']:,.0f}", "MiB") if trains else ""]
+        cells += [_seconds(row["test"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _bills(found, protocols, datasets) -> str:
+    """A table of what the methods take in protocols that train the same, cheapest
+    first.
+    """
+    tests = ["testing"] if len(protocols) == 1 else [f"testing, {p}" for p in protocols]
+    heads = ["method", "steps", "training", *tests, "memory"]
+    rows = []
+    for method in found.methods:
+        try:
+            works = [[work(method, p, name) for name in datasets] for p in protocols]
+        except InputError:  # it learns from sentences
+            rows.append((math.inf, [title(method)]))
+            continue
+        steps = sum(one.steps for one in works[0])
+        cells = [title(method), f"{steps:,}" if steps else "none"]
+        try:
+            costs = [[found.of(one) for one in of] for of in works]
+        except InputError:  # it was measured without training
+            rows.append((math.inf, cells))
+            continue
+        training = sum(cost.training for cost in costs[0])
+        testing = [sum(cost.testing for cost in of) for of in costs]
+        most = max(cost.memory for cost in costs[0])
+        cells += [_hours(training) if steps else ""]
+        cells += [
+            *map(_hours, testing),
+            _unit(f"{most / 1024:.1f}", "GiB") if steps else "",
+        ]
+        rows.append((training + sum(testing), cells))
+    lines = [
+        f"| {' | '.join(heads)} |",
+        f"| --- |{' --: |' * (len(heads) - 1)}",
+    ]
+    for _, cells in sorted(rows, key=lambda row: row[0]):
+        cells += ["—"] * (len(heads) - len(cells))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _seconds(seconds) -> str:
+    return _unit(f"{seconds:.2f}" if seconds < 10 else f"{seconds:,.0f}", "s")
+
+
+def _hours(seconds) -> str:
+    hours = seconds / 3600
+    return _unit(f"{hours:.1f}" if hours < 10 else f"{hours:,.0f}", "h")
+
+
+def _unit(number, unit) -> str:
+    return f"{number}\u00a0{unit}"
 
 
 def claims(folder="book", results=None) -> Path:

@@ -368,31 +368,7 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
         figure, axis = plt.subplots(
             figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2), layout="constrained"
         )
-        looks, texts = (
-            zip(
-                points.iterrows(),
-                cycle(sns.color_palette("colorblind")),
-                cycle(MARKERS),
-            ),
-            [],
-        )
-        for (name, at), colour, marker in looks:
-            axis.plot(
-                at["base"],
-                at["new"],
-                marker,
-                color=colour,
-                markeredgecolor="black",
-                markersize=8,
-            )
-            where = {
-                "xy": (at["base"], at["new"]),
-                "textcoords": "offset points",
-                "fontsize": 8,
-            }
-            texts.append(
-                axis.annotate((names or {}).get(name, name), xytext=(6, 4), **where)
-            )
+        texts = _points(axis, points[["base", "new"]], names)
         for start, end in arrows:
             tail, head = (
                 points.loc[start, ["base", "new"]],
@@ -428,31 +404,87 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
     return figure
 
 
-def _spread(texts):
-    """Put each label on that side of its point where it covers no point and no label
-    before it.
+def cost_plane(runs: pd.DataFrame, names=None):
+    """Methods as points: seconds of a run across, on a log axis, harmonic mean up; a
+    dotted line joins those that no cheaper one exceeds.
+
+    Args:
+        runs: tidy rows of the base-to-new protocol. Seconds are the median over a
+            method's runs, accuracies are averaged over tasks.
+        names: dict from label to what the figure calls it.
     """
-    figure = texts[0].figure
+    table = _table(runs, "base-to-new", 0.95).query("dataset == 'average'")
+    hm = table[table["split"] == "hm"].set_index("label")["mean"]
+    runs = runs.assign(label=label(runs)).drop_duplicates(["label", "dataset", "seed"])
+    seconds = runs.groupby("label")["seconds"].median()
+    points = pd.DataFrame({"seconds": seconds, "hm": hm}).loc[list(hm.index)]
+    best = points.sort_values(["seconds", "hm"], ascending=[True, False])
+    best = best[best["hm"] >= best["hm"].cummax()]
+    with style():
+        figure, axis = plt.subplots(figsize=(8.0, 6.2), layout="constrained")
+        axis.set_xscale("log")
+        axis.step(
+            best["seconds"], best["hm"], ":", where="post", color="0.4", linewidth=1
+        )
+        texts = _points(axis, points, names)
+        axis.margins(0.12)
+        axis.set_xlabel("seconds of a run, median over tasks and seeds")
+        axis.set_ylabel("harmonic mean of base and new accuracy (%)")
+        axis.set_title(_panel_title("average", table))
+        _spread(texts)
+    return figure
+
+
+def _points(axis, points, names):
+    """A point a row, at its two columns; returns their labels, which _spread puts in
+    place.
+    """
+    looks = zip(
+        points.itertuples(), cycle(sns.color_palette("colorblind")), cycle(MARKERS)
+    )
+    texts = []
+    for (name, x, y), colour, marker in looks:
+        axis.plot(x, y, marker, color=colour, markeredgecolor="black", markersize=8)
+        texts.append(
+            axis.annotate(
+                (names or {}).get(name, name), (x, y), (6, 4),
+                textcoords="offset points", fontsize=8,
+            )
+        )  # fmt: skip
+    return texts
+
+
+def _spread(texts):
+    """Put each label beside its point, or near to it at the end of a line, where it
+    covers no point and no label before it.
+    """
+    figure, axis = texts[0].figure, texts[0].axes
     figure.draw_without_rendering()
     pixel = figure.dpi / 72
-    places = [text.axes.transData.transform(text.xy) for text in texts]
+    places = [axis.transData.transform(text.xy) for text in texts]
     taken = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
+    beside = [(6, 4), (6, -11), (-6, 4), (-6, -11)]
+    turns = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    around = [
+        (r * np.cos(turn), r * np.sin(turn) - 3)
+        for r in range(16, 120, 8)
+        for turn in turns
+    ]
     for text in texts:
-        for x, y in (
-            (6, 4),
-            (6, -11),
-            (-6, 4),
-            (-6, -11),
-            (6, 4),
-        ):  # the last where no side is free
-            (
-                text.set_position((x, y)),
-                text.set_horizontalalignment("left" if x > 0 else "right"),
-            )
+        for x, y in [*beside, *around, beside[0]]:  # the last where no place is free
+            text.set_position((x, y))
+            text.set_horizontalalignment("left" if x > 0 else "right")
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
+            inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)
+        if (x, y) not in beside:
+            axis.annotate(
+                "", text.xy, (x, y + 3), textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6, "shrinkA": 0},
+            )  # fmt: skip
 
 
 def image_grid(images, titles=None, columns=8, size=1.2):

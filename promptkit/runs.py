@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, lru_cache
@@ -19,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from promptkit import data, hyperparameters, identity, probe, registry, train
+from promptkit import costs, data, hyperparameters, identity, probe, registry, train
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
 from promptkit.method import Method
@@ -206,11 +207,16 @@ class Plan:
         return out | {"parameters": f"{learned:,}"}
 
 
-def estimate(plan: Plan) -> dict[str, str]:
+def estimate(plan: Plan, plans: Iterable[Plan] = ()) -> dict[str, str]:
     """Time and memory of a run's training, for people: two steps are made to measure
     them, and nothing is kept.
 
     Testing, and features that are computed once before, come on top of the time.
+
+    Args:
+        plans: several that it is one of: their time, tests included, follows from the
+            same step in the proportions of the table of costs, see
+            :mod:`promptkit.costs`.
     """
     dataset, run = plan.training_set(), plan.run
     method = None if run.method == PROBE else plan.build(dataset)
@@ -231,11 +237,14 @@ def estimate(plan: Plan) -> dict[str, str]:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
     memory = _peak_memory(device)
-    minutes = steps * seconds / 60
-    spent = f"{60 * minutes:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
-    spent = spent if minutes < 90 else f"{minutes / 60:.1f} hours"
+    spent = costs.duration(steps * seconds)
     more = f", {memory / 2**30:.1f} GiB" if memory else ""
-    return {"estimate": f"about {spent} of training{more}"}
+    out = {"estimate": f"about {spent} of training{more}"}
+    if len(plans := list(plans)) > 1 and (
+        together := costs.scaled(plans, plan, batch, seconds)
+    ):
+        out["together"] = together
+    return out
 
 
 def _forget_peak(device):

@@ -19,8 +19,8 @@ LAYERS = (
     " descriptions data views randaugment recipe published"
     " hyperparameters picture heads quaternion transport waffle lettering"
     " method sets projector sampling plugin registry train attributes probe pretrain"
-    " results identity runs evidence protocols workers grids tuning export testing"
-    " parameters plots diagram widgets pages chapter reproduce audit cli"
+    " results identity costs runs evidence protocols workers grids tuning export"
+    " testing parameters plots diagram widgets pages chapter reproduce audit cli"
 ).split()
 
 SECTION = """## `{name}`

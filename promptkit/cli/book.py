@@ -189,6 +189,7 @@ def _benchmark(
     profile, methods, protocols, data, shots, seeds, workers, scheduler, model,
     pretrained, **options,
 ):  # fmt: skip
+    from promptkit import costs
     from promptkit.grids import SweepError, execute_all
     from promptkit.grids import benchmark as plan
     from promptkit.recipe import PROTOCOLS
@@ -206,6 +207,8 @@ def _benchmark(
     with console.err.status("planning ..."):
         plans = plan(chosen, names, kinds, seeds, shots, **options)
     announce(plans)
+    if profile == "full":
+        say(costs.told(plans, plans[0].clip.device))
     sweep_results(results_dir())
     failed = None
     try:
@@ -294,12 +297,15 @@ def pages(
     ) = None,
     book: option(Path, "Folder of the book's pages.", show_default=True) = Path("book"),
 ):
-    """Write the book's leaderboard from the evidence, and its claims page from what the
-    chapters found.
+    """Write the book's leaderboard and what the methods cost from the evidence, and its
+    claims page from what the chapters found.
     """
     from promptkit import pages
+    from promptkit.grids import known
 
-    say(f"wrote {pages.leaderboard(book)}")
+    runs = known(pages.asked())
+    say(f"wrote {pages.leaderboard(book, runs)}")
+    say(f"wrote {pages.costs(book, runs)}")
     say(f"wrote {pages.claims(book, results)}")
 
 

@@ -257,7 +257,7 @@ def announce(plans):
     facts = plans[0].describe()
     if plans[0].run.profile == "full":
         first = next((plan for plan in plans if plan.recipe.epochs), plans[0])
-        facts |= estimate(first)
+        facts |= estimate(first, plans)
     if len(plans) > 1:
         facts["runs"] = f"{len(plans)}, this is the first"
     for key, value in facts.items():
