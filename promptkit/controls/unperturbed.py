@@ -17,8 +17,7 @@ class Unperturbed(CoPrompt):
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
-        lam, consistency, reduction, image_ratio, text_ratio, descriptions, n_ctx,
-            depth, init: as in CoPrompt; the sentences are not read.
+        options: as in CoPrompt; the sentences are not read.
     """
 
     name = "unperturbed"
