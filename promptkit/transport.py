@@ -21,15 +21,15 @@ def sinkhorn(
     classes: T = diag(r) exp(-cost / epsilon) diag(q).
 
     Args:
-        cost: (B, C, V, D).
+        cost: (B, C, V, J).
         log_a: (B, V), logarithms of the weights of an image's set.
-        log_b: (B, C, D), of a class's.
+        log_b: (B, C, J), of a class's.
         epsilon, iterations, threshold: an image is done where its scalings r change by
             less than the threshold on average over classes and V.
         together: all images stop when this holds on average over them too.
 
     Returns:
-        The plans (B, C, V, D), whose sums over V are b exactly; how many iterations
+        The plans (B, C, V, J), whose sums over V are b exactly; how many iterations
         each image took, (B,); and the change of its scalings in each, (B, iterations),
         0 where it was done.
     """

@@ -206,7 +206,7 @@ class AWT(Sets):
 
     @cached_property
     def _prompts(self) -> list:
-        """The prompt of all classes for each of the D sentences."""
+        """The prompt of all classes for each of the J sentences."""
         return [
             assemble(self.clip, self.classnames, [list(texts)])
             for texts in zip(*self.texts, strict=True)
@@ -216,7 +216,7 @@ class AWT(Sets):
         return self.adapters["text"].edit() if "text" in self.adapters else None
 
     def text_features(self, image_features=None):
-        """Of each class's sentences, (C, D, E); in a training step of those drawn."""
+        """Of each class's sentences, (C, J, E); in a training step of those drawn."""
         edit = self.text_edit()
         if edit is None:
             return self.frozen_text[:, self._chosen]
