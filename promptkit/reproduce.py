@@ -354,6 +354,8 @@ def execute_chapter(job: Job, progress_bar=False) -> Report:
     """
     import papermill
 
+    from promptkit.kernel import Manager
+
     started = time.perf_counter()
     error = ""
     try:
@@ -368,6 +370,7 @@ def execute_chapter(job: Job, progress_bar=False) -> Report:
                 progress_bar=progress_bar,
                 cwd=str(job.chapter.parent),
                 autosave_cell_every=0,
+                kernel_manager_class=Manager,
             )
         write_text(job.output, nbformat.writes(_clean(notebook)) + "\n")
     except papermill.PapermillExecutionError as failure:

@@ -141,6 +141,7 @@ def test_prograd_removes_what_conflicts(tiny_clip, batch, lam):
         with torch.no_grad():
             method.context.vectors.normal_(0, 1.0, generator=generator)
         _, (domain,), (general,) = method.gradients(batch)
+        method.zero_grad()
         loss = method.backward(batch)
         torch.testing.assert_close(
             loss, F.cross_entropy(method(batch), batch.labels), rtol=1e-5, atol=1e-6

@@ -2,14 +2,18 @@
 failures.
 """
 
+import asyncio
 import json
 import sys
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import pytest
 
+from promptkit import kernel
 from promptkit.errors import InputError
+from promptkit.kernel import Channel
 from promptkit.reproduce import (
     Job,
     declared_parameters,
@@ -245,3 +249,38 @@ def test_progress_bars_leave_no_trace(book):
     assert not execute_chapter(Job(path, path, {}, {})).error
     shown = [cell.outputs for cell in nbformat.read(path, 4).cells[1:]]
     assert shown[0] == [] and shown[1][0]["text"] == "watch out\n"
+
+
+def test_a_message_that_was_not_announced_is_found(book, monkeypatch):
+    """An event loop that misses ZeroMQ's one sign of a message looks again."""
+
+    class Deaf:
+        def __init__(self):
+            self.waits = []
+
+        async def poll(self, timeout):
+            self.waits.append(timeout)
+            return len(self.waits) == 3
+
+    class Silent(Channel):
+        def __init__(self):
+            self.socket = Deaf()
+
+        async def _recv(self):
+            return "the message"
+
+    channel = Silent()
+    assert asyncio.run(channel.get_msg()) == "the message"
+    assert channel.socket.waits == [1000 * kernel.PATIENCE] * 3
+    with pytest.raises(Empty):
+        asyncio.run(Silent().get_msg(timeout=0.2))
+    asked, get = [], Channel.get_msg
+
+    def noted(*args, **more):
+        asked.append(1)
+        return get(*args, **more)
+
+    monkeypatch.setattr(Channel, "get_msg", noted)
+    path = chapter(book / "notebooks", "05_kgcoop.ipynb", "1 + 1")
+    assert not execute_chapter(Job(path, path, {}, {})).error
+    assert asked  # a chapter's kernel is read by it
