@@ -13,9 +13,9 @@ PATIENCE = 5  # seconds, after which a channel is looked at unasked
 class Channel(AsyncZMQSocketChannel):
     """Messages of a kernel, which are never waited for without end.
 
-    ZeroMQ tells an event loop of a message once. On a busy machine it happens, in one
-    of some hundred executions, that this is missed; the message lies there, and both
-    sides wait for good. Whoever looks again finds it.
+    ZeroMQ tells an event loop of a message once. On a busy machine that is missed now
+    and then; the message lies there, and both sides wait for good. Whoever looks again
+    finds it.
     """
 
     async def get_msg(self, timeout=None):

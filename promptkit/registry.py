@@ -147,8 +147,8 @@ def by_target(spec: str) -> bool:
     """Whether a transfer has a training for each target, on its images without labels:
     where a part of the method asks for it and none learns from labels or texts.
     """
-    parts = any(cls.by_target for cls in nesting(spec))
-    return parts and supervision(spec) == {"pool"}
+    asked = any(cls.by_target for cls in nesting(spec))
+    return asked and supervision(spec) == {"pool"}
 
 
 def recipe(spec: str, setting: Setting) -> Recipe:

@@ -165,10 +165,11 @@ class Plan:
         """How many images each training has: one on a dataset, or one a target."""
         return [len(p.source.train) for p in self.students] or [len(dataset.train)]
 
-    def steps(self, images: int) -> int:
-        """How many steps the training on so many images takes."""
-        steps = sum(part.steps(images) * part.epochs for part in self.recipe.parts())
-        return min(steps, self.run.max_steps or steps)
+    def steps(self, *images: int) -> int:
+        """How many steps trainings on so many images each take together."""
+        parts, most = [*self.recipe.parts()], self.run.max_steps
+        each = (sum(part.steps(n) * part.epochs for part in parts) for n in images)
+        return sum(min(steps, most or steps) for steps in each)
 
     def describe(self) -> dict[str, str]:
         """What is about to happen, for people."""
@@ -189,7 +190,7 @@ class Plan:
         if self.recipe.trains and learned:
             each, batch = self.images(dataset), self.recipe.batch_size
             kinds, images = supervision(run.method), sum(each)
-            steps = f"{sum(map(self.steps, each))} steps of {min(batch, *each)}"
+            steps = f"{self.steps(*each)} steps of {min(batch, *each)}"
             if "shots" in kinds:
                 out["shots"] = f"{run.shots} a class, {images} images; seed {run.seed}"
             elif "pool" in kinds:  # which of them it takes, it decides itself
@@ -227,7 +228,7 @@ def estimate(plan: Plan, plans: Iterable[Plan] = ()) -> dict[str, str]:
     part = next(plan.recipe.parts())
     given = method.prepare(train.visible(method, dataset), part, generator, 0)
     batch = min(part.batch_size, len(given.train))
-    steps = sum(map(plan.steps, plan.images(given)))
+    steps = plan.steps(*plan.images(given))
     few = given.train.take(range(batch))  # features of these alone, not of the set
     read = train.reader(method.train(), few, generator, part)
     for _ in range(2):  # the first warms up
