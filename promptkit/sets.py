@@ -22,17 +22,17 @@ class Sets(Method):
     r"""The set of an image's views against the set of a class's sentences; nothing is
     learned. A subclass says how it makes :meth:`views` and encodes them.
 
-    With scaled cosines :math:`Z_{vdc}` of view v with sentence d of class c, views and
+    With scaled cosines :math:`Z_{vjc}` of view v with sentence j of class c, views and
     sentences weigh by how certain they leave the prediction,
 
     .. math:: a = \mathrm{softmax}_v(-H_v / \tau), \qquad
-       b_c = \mathrm{softmax}_d(-H_{cd} / \tau'),
+       b_c = \mathrm{softmax}_j(-H_{cj} / \tau'),
 
-    :math:`H_v` of the mean over sentences, :math:`H_{cd}` of view 0 with sentence d in
+    :math:`H_v` of the mean over sentences, :math:`H_{cj}` of view 0 with sentence j in
     place of the mean of class c. A class is scored by the mean cosine under the
     entropic transport plan between the two weighted sets,
 
-    .. math:: z_c = \sum_{v,d} T_{vdc} Z_{vdc}, \qquad T = \mathrm{diag}(r)\,K\,
+    .. math:: z_c = \sum_{v,j} T_{vjc} Z_{vjc}, \qquad T = \mathrm{diag}(r)\,K\,
        \mathrm{diag}(q), \qquad K = \exp(-(1 - Z / s) / \epsilon)
 
     Args:
@@ -42,7 +42,7 @@ class Sets(Method):
         descriptions: ``{class name: [sentence, ...]}``. None: those of the dataset that
             it is aimed at. Without any a class has one sentence.
         sentences: of each class's descriptions the first so many; with the template
-            alone they are D = sentences + 1.
+            alone they are J = sentences + 1.
         template: with "{}" for the class name, no full stop behind it. None: that of
             the dataset that it is aimed at.
         weighting: False: all views, and all sentences of a class, weigh the same.
@@ -103,7 +103,7 @@ class Sets(Method):
 
     @cached_property
     def texts(self) -> list[list[str]]:
-        """D sentences of each class."""
+        """J sentences of each class."""
         said, names = self.option("descriptions"), self.classnames
         pairs = zip(names, said_of(said, names), strict=True)
         about = {name: list(texts or ()) for name, texts in pairs}
@@ -117,22 +117,22 @@ class Sets(Method):
 
     @cached_property
     def frozen_text(self) -> Tensor:
-        """Features (C, D, E) of the sentences."""
+        """Features (C, J, E) of the sentences."""
         every = [text for own in self.texts for text in own]
         features = self.clip.encode_text(every)
         return features.unflatten(0, (len(self.texts), -1))
 
     def text_features(self, image_features=None):
-        """Of each class's sentences, (C, D, E)."""
+        """Of each class's sentences, (C, J, E)."""
         return self.frozen_text
 
     # --- weighting and transportation -------------------------------------------------
 
     def score(self, image, text):
-        """Logits (B, C) of views (B, V, E) and sentences (C, D, E)."""
+        """Logits (B, C) of views (B, V, E) and sentences (C, J, E)."""
         image, text = (F.normalize(x.float(), dim=-1) for x in (image, text))
         scale = self.clip.logit_scale.float()
-        z = scale * torch.einsum("bve,cde->bcvd", image, text)
+        z = scale * torch.einsum("bve,cje->bcvj", image, text)
         with torch.no_grad():
             plan = self.plan(z, scale)
         return (plan * z).sum(dim=(2, 3))
@@ -142,10 +142,10 @@ class Sets(Method):
         return self.temperatures
 
     def log_weights(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """log a, (B, V), and log b, (B, C, D), of scaled cosines (B, C, V, D)."""
-        B, C, V, D = z.shape
+        """log a, (B, V), and log b, (B, C, J), of scaled cosines (B, C, V, J)."""
+        B, C, V, J = z.shape
         if not self.weighting:
-            a, b = z.new_zeros(B, V), z.new_zeros(B, C, D)
+            a, b = z.new_zeros(B, V), z.new_zeros(B, C, J)
             return a.log_softmax(dim=1), b.log_softmax(dim=2)
         by_image, by_text = self.tempered()
         a = -entropy(z.mean(dim=3), dim=1) / by_image
@@ -153,7 +153,7 @@ class Sets(Method):
         return a.log_softmax(dim=1), b.log_softmax(dim=2)
 
     def plan(self, z: Tensor, scale) -> Tensor:
-        """T, (B, C, V, D), of scaled cosines."""
+        """T, (B, C, V, J), of scaled cosines."""
         log_a, log_b = self.log_weights(z)
         if not self.transport:
             return (log_a[:, None, :, None] + log_b[:, :, None, :]).exp()
@@ -167,12 +167,12 @@ def entropy(logits: Tensor, dim: int) -> Tensor:
 
 
 def entropy_with(base: Tensor, own: Tensor) -> Tensor:
-    """The entropy, (B, C, D), of softmax(base) over C classes after the entry c of base
-    (B, C) was replaced by own[:, c, d].
+    """The entropy, (B, C, J), of softmax(base) over C classes after the entry c of base
+    (B, C) was replaced by own[:, c, j].
 
     With the others' log-sum L and mean m under their softmax, that of l beside them is
     p (log S - l) + (1 - p) (log S - m), where S = e^L + e^l and p = e^l / S: no (C, C,
-    D) tensor, and no difference of large sums.
+    J) tensor, and no difference of large sums.
     """
     C = base.shape[1]
     others = base[:, None].expand(-1, C, -1).masked_fill(
