@@ -5,6 +5,7 @@ methods cost, and the collected claims.
 import json
 import math
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -184,14 +185,15 @@ def leaderboard(folder="book", runs: pd.DataFrame | None = None) -> Path:
         )
     tasks = runs["dataset"].nunique()
     seeds = runs.loc[runs["seed"] > 0, "seed"].nunique()
-    ranked = _whole(runs)
-    names = {name: _shown(name) for name in ranked["label"].unique()}
+    whole = _whole(runs)
+    names = {name: _shown(name) for name in whole["label"].unique()}
+    missing = sorted(title(name) for name in ranked() if name not in names)
     with _drawing():
-        figure = base_new_plane(ranked, list(_pairs(ranked)), names)
+        figure = base_new_plane(whole, list(_pairs(whole)), names)
         _save(figure, folder, "leaderboard")
     text = f"""# Leaderboard
 
-Every method of this book on the same footing: the {tasks} tasks of the mini world, 16
+The methods of this book on the same footing: the {tasks} tasks of the mini world, 16
 images a class, {seeds} seeds, training on the base classes and testing on base and on
 new ones. Each method follows its own paper's recipe, as the one rule of
 {{py:func}}`promptkit.recipe.for_profile` puts it. Zero-shot CLIP uses each task's own
@@ -205,17 +207,17 @@ Accuracy on base and on new classes, averages of {tasks} tasks; dotted lines joi
 harmonic means, arrows lead from a host to its plug-in.
 ```
 
-{_ranking(summarise(ranked))}
+{_ranking(summarise(whole))}
 
 Means over seeds in percent, ± half the 95 % interval. *Reported* is the harmonic mean
 of the paper's own average over the eleven real datasets on ViT-B/16: another world,
-shown for its order and not for its digits.
+shown for its order and not for its digits.{_open(missing)}
 
 ## What the papers say of each other
 
 Differences of the averages over tasks, one a seed, with 95 % intervals.
 
-{_claims(compared(ranked))}
+{_claims(compared(whole))}
 
 ## How this page was made
 
@@ -230,6 +232,14 @@ nobody changes a method; the second writes this page.
     return write_atomically(
         Path(folder) / "leaderboard.md", lambda file: file.write(text.encode())
     )
+
+
+def _open(names) -> str:
+    """A paragraph on the methods that are not ranked yet."""
+    if not names:
+        return ""
+    text = f"Not ranked, as not all of their runs are there yet: {', '.join(names)}."
+    return "\n\n" + "\n".join(wrap(text, 88))
 
 
 def _whole(runs) -> pd.DataFrame:

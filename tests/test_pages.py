@@ -82,6 +82,9 @@ def test_leaderboard(tmp_path, monkeypatch):
         page,
     )
     assert "promptkit evidence fill --chapters leaderboard" in page
+    missing = re.search(r"runs are there yet: ([^.]+)\.", page)[1]
+    missing = set(missing.replace("\n", " ").split(", "))
+    assert "MaPLe" in missing and not missing & {"CoOp", "KgCoOp", "DePT + CoOp"}
     image = tmp_path / "book" / "_static" / "leaderboard.svg"
     first = image.read_bytes()
     assert len(first) > 5000
