@@ -5,6 +5,7 @@ methods cost, and the collected claims.
 import json
 import math
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -48,6 +49,7 @@ COMPARED = [
     ("promptsrc", "above", "coop", "hm"),
 ]
 SEEDS = (1, 2, 3, 4, 5)
+LEAST = 3  # seeds that a method has to have for the leaderboard
 LEFT_OUT = ("tpt", "awt")  # of the leaderboard: minutes a run, in their own chapters
 WHERE = {"base": "on base classes", "new": "on new classes", "hm": "in harmonic mean"}
 
@@ -165,8 +167,8 @@ def asked(datasets=MINI_TASKS, seeds=SEEDS) -> list[Plan]:
 def leaderboard(folder="book", runs: pd.DataFrame | None = None) -> Path:
     """Write ``leaderboard.md`` and its figure into a folder.
 
-    Only methods that were measured on all the datasets and seeds that any was are
-    ranked.
+    Ranked are methods that were measured on all datasets that any was, with three seeds
+    or more.
 
     Args:
         folder: of the book's pages.
@@ -184,16 +186,17 @@ def leaderboard(folder="book", runs: pd.DataFrame | None = None) -> Path:
         )
     tasks = runs["dataset"].nunique()
     seeds = runs.loc[runs["seed"] > 0, "seed"].nunique()
-    ranked = _whole(runs)
-    names = {name: _shown(name) for name in ranked["label"].unique()}
+    whole = _whole(runs)
+    names = {name: _shown(name) for name in whole["label"].unique()}
+    missing = sorted(title(name) for name in ranked() if name not in names)
     with _drawing():
-        figure = base_new_plane(ranked, list(_pairs(ranked)), names)
+        figure = base_new_plane(whole, list(_pairs(whole)), names)
         _save(figure, folder, "leaderboard")
     text = f"""# Leaderboard
 
-Every method of this book on the same footing: the {tasks} tasks of the mini world, 16
-images a class, {seeds} seeds, training on the base classes and testing on base and on
-new ones. Each method follows its own paper's recipe, as the one rule of
+The methods of this book on the same footing: the {tasks} tasks of the mini world, 16
+images a class, up to {seeds} seeds, training on the base classes and testing on base
+and on new ones. Each method follows its own paper's recipe, as the one rule of
 {{py:func}}`promptkit.recipe.for_profile` puts it. Zero-shot CLIP uses each task's own
 template; the contexts of most methods start from "a photo of a", and KgCoOp, ProGrad
 and PromptSRC are drawn towards hand-written prompts, among them the task's own. A row
@@ -205,17 +208,17 @@ Accuracy on base and on new classes, averages of {tasks} tasks; dotted lines joi
 harmonic means, arrows lead from a host to its plug-in.
 ```
 
-{_ranking(summarise(ranked))}
+{_ranking(summarise(whole))}
 
 Means over seeds in percent, ± half the 95 % interval. *Reported* is the harmonic mean
 of the paper's own average over the eleven real datasets on ViT-B/16: another world,
-shown for its order and not for its digits.
+shown for its order and not for its digits.{_open(missing)}
 
 ## What the papers say of each other
 
 Differences of the averages over tasks, one a seed, with 95 % intervals.
 
-{_claims(compared(ranked))}
+{_claims(compared(whole))}
 
 ## How this page was made
 
@@ -232,19 +235,26 @@ nobody changes a method; the second writes this page.
     )
 
 
+def _open(names) -> str:
+    """A paragraph on the methods that are not ranked yet."""
+    if not names:
+        return ""
+    why = f"Not ranked, as they have not run on all tasks with {LEAST} seeds yet: "
+    lines = wrap(f"{why}{', '.join(names)}.", 88, break_on_hyphens=False)
+    return "\n\n" + "\n".join(lines)
+
+
 def _whole(runs) -> pd.DataFrame:
-    """The rows of those labels that were measured on all datasets and seeds that any
-    was.
+    """Of each label the seeds that ran on all datasets that any did; labels with fewer
+    than three of them, or than any has, are left out, if they draw anything.
     """
     runs = runs.assign(label=label(runs))
-    tasks = runs["dataset"].nunique()
-    seeds = runs.loc[runs["seed"] > 0, "seed"].nunique()
-    size = runs.groupby("label").apply(
-        lambda part: len(part[["dataset", "seed"]].drop_duplicates())
-    )
-    unseeded = runs.groupby("label")["seed"].max() == 0
-    whole = size[(size == tasks * seeds) | (unseeded & (size == tasks))].index
-    return runs[runs["label"].isin(whole)]
+    keys = ["label", "seed"]
+    complete = runs.groupby(keys)["dataset"].transform("nunique")
+    runs = runs[complete == runs["dataset"].nunique()]
+    count = runs.groupby("label")["seed"].transform("nunique")
+    drawn = runs["seed"] > 0
+    return runs[~drawn | (count >= min(LEAST, count.max()))]
 
 
 def _drawing():
@@ -557,11 +567,13 @@ def _ranking(summary) -> str:
         ]
         value = own if len(own) else other
         shown = f"{value.iloc[0]:.2f}" if len(value) and not options else ""
+        seeds = int(cells.loc["hm", "seeds"])
+        texts.append(str(seeds) if seeds > 1 else "")  # zero-shot CLIP draws nothing
         rows.append((cells.loc["hm", "mean"], [_shown(name), *texts, shown]))
     rows.sort(key=lambda row: -row[0])
     lines = [
-        "| method | base | new | harmonic mean | reported |",
-        "| --- | --: | --: | --: | --: |",
+        "| method | base | new | harmonic mean | seeds | reported |",
+        "| --- | --: | --: | --: | --: | --: |",
     ]
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for _, cells in rows)])
 

@@ -368,12 +368,10 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
         figure, axis = plt.subplots(
             figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2), layout="constrained"
         )
-        texts = _points(axis, points[["base", "new"]], names)
-        for start, end in arrows:
-            tail, head = (
-                points.loc[start, ["base", "new"]],
-                points.loc[end, ["base", "new"]],
-            )
+        points = points[["base", "new"]]
+        texts = _points(axis, points, names)
+        arrows = [(points.loc[start], points.loc[end]) for start, end in arrows]
+        for tail, head in arrows:
             look = {
                 "arrowstyle": "->",
                 "color": "0.3",
@@ -400,7 +398,7 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
         axis.set_xlabel("accuracy on base classes (%)")
         axis.set_ylabel("accuracy on new classes (%)")
         axis.set_title(_panel_title("average", table))
-        _spread(texts)
+        _spread(texts, arrows)
     return figure
 
 
@@ -454,15 +452,21 @@ def _points(axis, points, names):
     return texts
 
 
-def _spread(texts):
+def _spread(texts, lines=()):
     """Put each label beside its point, or near to it at the end of a line, where it
-    covers no point and no label before it.
+    covers no point, none of the lines (pairs of ends) and no text before it.
     """
     figure, axis = texts[0].figure, texts[0].axes
     figure.draw_without_rendering()
     pixel = figure.dpi / 72
     places = [axis.transData.transform(text.xy) for text in texts]
     taken = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
+    others = [text for text in axis.texts if text not in texts and text.get_text()]
+    taken += [text.get_window_extent() for text in others]
+    for ends in lines:
+        tail, head = axis.transData.transform(np.array(ends, float))
+        way = np.linspace(tail, head, 2 + int(np.hypot(*(head - tail)) / 4))
+        taken += [Bbox([at - pixel, at + pixel]) for at in way]
     beside = [(6, 4), (6, -11), (-6, 4), (-6, -11)]
     turns = np.linspace(0, 2 * np.pi, 16, endpoint=False)
     around = [

@@ -56,6 +56,7 @@ def test_leaderboard(tmp_path, monkeypatch):
             rows("kgcoop", 75, 66),
             rows("dept(coop)", 85, 55),
             rows(host, 82, 51, overrides),
+            rows("prograd", 70, 60).query("seed < 3"),
         ]
     )
     page = pages.leaderboard(tmp_path / "book", runs).read_text()
@@ -82,6 +83,13 @@ def test_leaderboard(tmp_path, monkeypatch):
         page,
     )
     assert "promptkit evidence fill --chapters leaderboard" in page
+    missing = re.search(r"with\s+3\s+seeds\s+yet:\s+([^.]+)\.", page)[1]
+    missing = set(missing.replace("\n", " ").split(", "))
+    assert {"MaPLe", "ProGrad"} <= missing and not missing & {
+        "CoOp",
+        "KgCoOp",
+        "DePT + CoOp",
+    }
     image = tmp_path / "book" / "_static" / "leaderboard.svg"
     first = image.read_bytes()
     assert len(first) > 5000
