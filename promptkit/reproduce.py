@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import nbformat
@@ -35,6 +36,8 @@ SPELLINGS = {
 # free them one by one.
 # And one that ends with the process that started it: ipykernel's own watch waits for
 # process 1 to adopt it, which a desktop's session manager does in its place.
+ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")  # of an object in memory
+TABLE = re.compile(r'<table id="(T_[0-9a-f]{5})"')  # of pandas' Styler
 KERNEL = "; ".join(
     [
         "import atexit, gc, os, sys",
@@ -396,14 +399,21 @@ def _own_kernel(folder):
 
 def _clean(notebook):
     """Without what differs from one execution to the next and nobody reads afterwards:
-    papermill's notes, times, progress bars.
+    papermill's notes, times, progress bars, objects' addresses, tables' random names.
     """
+    tables = count()
     for part in (notebook, *notebook.cells):
         part.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if not _progress(out)]
+            for data in (out.get("data", {}) for out in cell.outputs):
+                if "text/plain" in data:
+                    data["text/plain"] = ADDRESS.sub("", data["text/plain"])
+                if name := TABLE.search(data.get("text/html", "")):
+                    html, new = data["text/html"], f"T_{next(tables):05x}"
+                    data["text/html"] = html.replace(name[1], new)
         if not cell.metadata.get("tags", True):
             del cell.metadata["tags"]
     return notebook

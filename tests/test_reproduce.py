@@ -4,6 +4,7 @@ failures.
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 from queue import Empty
@@ -249,6 +250,25 @@ def test_progress_bars_leave_no_trace(book):
     assert not execute_chapter(Job(path, path, {}, {})).error
     shown = [cell.outputs for cell in nbformat.read(path, 4).cells[1:]]
     assert shown[0] == [] and shown[1][0]["text"] == "watch out\n"
+
+
+def test_the_same_tables_are_written_the_same(book):
+    code = (
+        "import pandas as pd\n"
+        "from IPython.display import display\n"
+        "for n in (1, 2):\n"
+        "    display(pd.DataFrame({'a': [n]}).style.format('{:.1f}'))\n"
+        "display(object())"
+    )
+    path = chapter(book / "notebooks", "04_cocoop.ipynb", code)
+    texts = []
+    for _ in range(2):
+        assert not execute_chapter(Job(path, path, {}, {})).error
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+    outputs = nbformat.read(path, 4).cells[1].outputs
+    shown = "".join(out["data"].get("text/html", "") for out in outputs)
+    assert {f"T_0000{n}_row0_col0" for n in (0, 1)} <= set(re.findall(r"T_\w+", shown))
 
 
 def test_a_message_that_was_not_announced_is_found(book, monkeypatch):
