@@ -227,8 +227,7 @@ promptkit evidence fill --chapters leaderboard --workers 2
 promptkit pages
 ```
 
-The first makes what does not ship with the package yet, which is nothing as long as
-nobody changes a method; the second writes this page.
+The first makes what does not ship with the package yet, the second writes this page.
 """
     return write_atomically(
         Path(folder) / "leaderboard.md", lambda file: file.write(text.encode())
@@ -249,8 +248,7 @@ def _whole(runs) -> pd.DataFrame:
     than three of them, or than any has, are left out, if they draw anything.
     """
     runs = runs.assign(label=label(runs))
-    keys = ["label", "seed"]
-    complete = runs.groupby(keys)["dataset"].transform("nunique")
+    complete = runs.groupby(["label", "seed"])["dataset"].transform("nunique")
     runs = runs[complete == runs["dataset"].nunique()]
     count = runs.groupby("label")["seed"].transform("nunique")
     drawn = runs["seed"] > 0

@@ -209,8 +209,7 @@ def test_a_chapter_trains_live_and_compares(apart, capsys):
 @pytest.fixture
 def shipped(monkeypatch):
     monkeypatch.setenv("PROMPTKIT_EVIDENCE", str(SHIPPED))
-    rows = evidence.load()
-    return rows
+    return evidence.load()
 
 
 def test_a_change_of_what_a_method_imports_takes_its_stamp_off(monkeypatch):
