@@ -1,5 +1,6 @@
 """The kernel that a chapter is executed by, and the way its messages come."""
 
+import math
 from queue import Empty
 
 from jupyter_client import AsyncKernelManager
@@ -7,11 +8,13 @@ from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from traitlets import Type
 
-PATIENCE = 5  # seconds, after which a channel is looked at unasked
+# Seconds after which a channel is looked at unasked: less than the 4 for which nbclient
+# waits for the last outputs of a cell.
+PATIENCE = 1
 
 
 class Channel(AsyncZMQSocketChannel):
-    """Messages of a kernel, which are never waited for without end.
+    """Messages of a kernel, which are never waited for long without looking.
 
     ZeroMQ tells an event loop of a message once. On a busy machine that is missed now
     and then; the message lies there, and both sides wait for good. Whoever looks again
@@ -20,12 +23,13 @@ class Channel(AsyncZMQSocketChannel):
 
     async def get_msg(self, timeout=None):
         """The next message; raises Empty after ``timeout`` seconds, None: never."""
-        while timeout is None:
+        left = math.inf if timeout is None else timeout
+        while left > PATIENCE:
             try:
                 return await super().get_msg(PATIENCE)
             except Empty:
-                pass
-        return await super().get_msg(timeout)
+                left -= PATIENCE
+        return await super().get_msg(left)
 
 
 class Client(AsyncKernelClient):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from test_cli import process, promptkit, world  # noqa: F401
 from test_protocols import tiny, toy
-from test_reproduce import chapter
+from test_reproduce import PATIENT, chapter
 from test_workers import heeding_signals
 
 from promptkit import clip as clip_module
@@ -475,7 +475,8 @@ def test_case_13_papermill_itself(tmp_path):
     )
     defaults = "profile = 'mini'\ndatasets = None\nseeds = [1]\nshots = 16\noutput = ''"
     path = chapter(tmp_path, "01_x.ipynb", setting, body, parameters=defaults)
-    command = [sys.executable, "-m", "papermill", "-k", "python3", "-l", "python"]
+    start = f"{PATIENT}\nfrom papermill.cli import papermill\npapermill()"
+    command = [sys.executable, "-c", start, "-k", "python3", "-l", "python"]
     command += ["01_x.ipynb", "out.ipynb"]
     for text in ("seeds 1", "seeds [2,3]", "shots 1,4", "datasets ['pets']"):
         command += ["-p", *text.split()]

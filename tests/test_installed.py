@@ -87,12 +87,31 @@ def settings(home, repository):
     }
 
 
+# Copied to a folder of its own together with the manager, which is not installed yet.
+EXECUTE = """
+import sys
+import papermill
+from kernel import Manager
+papermill.execute_notebook(
+    sys.argv[1],
+    "done.ipynb",
+    {"profile": "smoke"},
+    kernel_name="python3",
+    kernel_manager_class=Manager,
+)
+"""
+
+
 def test_chapters_install_the_package_and_run_anywhere(tmp_path):
     repository = committed(tmp_path / "repository")
     python, installed = environment(tmp_path)
     variables = settings(tmp_path / "home", repository)
     here = tmp_path / "empty"
     here.mkdir()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    shutil.copy(ROOT / "promptkit" / "kernel.py", tools)
+    (tools / "execute.py").write_text(EXECUTE)
 
     def run(*command):
         done = subprocess.run(
@@ -105,10 +124,7 @@ def test_chapters_install_the_package_and_run_anywhere(tmp_path):
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
         notebook.cells.append(nbformat.v4.new_code_cell("print(promptkit.__file__)"))
         nbformat.write(notebook, here / f"{name}.ipynb")
-        code, said = run(
-            *("-m", "papermill", f"{name}.ipynb", "done.ipynb"),
-            *("-k", "python3", "-p", "profile", "smoke"),
-        )
+        code, said = run(tools / "execute.py", f"{name}.ipynb")
         assert code == 0, said[-6000:]
         (shown,) = nbformat.read(here / "done.ipynb", 4).cells[-1].outputs
         assert shown.text.strip() == str(installed / "promptkit" / "__init__.py")

@@ -13,6 +13,7 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from real_data import real_root  # noqa: F401
+from test_reproduce import PATIENT
 from test_setup import ADDRESS
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,7 @@ def run(path, folder, **parameters):
     notebook = parameterize_notebook(load_notebook_node(str(path)), parameters)
     nbformat.write(notebook, folder / path.name)
     (folder / "pytest.ini").write_text("[pytest]\n")  # not this project's options
+    (folder / "conftest.py").write_text(PATIENT)
     command = [
         sys.executable,
         "-m",

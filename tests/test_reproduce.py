@@ -34,6 +34,14 @@ SHOW = (
     "print(json.dumps([profile, datasets, seeds, *where]))"
 )
 
+# For a process that executes notebooks: nbclient takes the kernel's manager from there,
+# and ours looks for messages that were missed.
+PATIENT = """
+import jupyter_client
+from promptkit.kernel import Manager
+jupyter_client.AsyncKernelManager = Manager
+"""
+
 
 def chapter(folder, name, *cells, parameters=PARAMETERS):
     """Write a notebook with a parameters cell; returns its path."""
@@ -291,6 +299,9 @@ def test_a_message_that_was_not_announced_is_found(book, monkeypatch):
 
     channel = Silent()
     assert asyncio.run(channel.get_msg()) == "the message"
+    assert channel.socket.waits == [1000 * kernel.PATIENCE] * 3
+    channel = Silent()
+    assert asyncio.run(channel.get_msg(timeout=60)) == "the message"
     assert channel.socket.waits == [1000 * kernel.PATIENCE] * 3
     with pytest.raises(Empty):
         asyncio.run(Silent().get_msg(timeout=0.2))
