@@ -26,6 +26,7 @@ from promptkit.results import (
     load_claims,
     load_results,
     newest,
+    options_of,
     paper_numbers,
     read_run,
     run_path,
@@ -124,6 +125,14 @@ def test_results_folder(monkeypatch, tmp_path):
 def test_hash_ignores_the_order_of_keys_only():
     assert config_hash({"a": 1, "b": [1, 2]}) == config_hash({"b": [1, 2], "a": 1})
     assert config_hash({"a": 1}) != config_hash({"a": 1.5}) != config_hash({"b": 1.5})
+
+
+def test_options_have_one_name_in_whatever_order_they_are_given():
+    given = {"texts": {"cat": ["a tail"], "ant": ["six legs"]}, "epochs": 3}
+    stored = json.loads(json.dumps(given, sort_keys=True))
+    assert list(given["texts"]) != list(stored["texts"])
+    assert options_of(given) == options_of(stored)
+    assert options_of({"epochs": 3, "lr": 0.1}) == "epochs=3, lr=0.1"
 
 
 @pytest.mark.parametrize(
