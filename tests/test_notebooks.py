@@ -57,6 +57,12 @@ def shows_figures(notebook, path):
     )
 
 
+def shows_the_method_where_it_draws_it(notebook, path):
+    for cell in code_cells(notebook):
+        if cell.source.startswith("towers("):
+            assert any("image/png" in out.get("data", {}) for out in cell.outputs)
+
+
 def has_title(notebook, path):
     first = notebook.cells[0]
     assert first.cell_type == "markdown" and re.match(
@@ -101,6 +107,7 @@ CHECKS = [
     is_executed_once_from_top_to_bottom,
     has_no_error_output,
     shows_figures,
+    shows_the_method_where_it_draws_it,
     has_title,
     sets_up_colab_first,
     calls_itself_by_its_name,
