@@ -51,6 +51,7 @@ COMPARED = [
 SEEDS = (1, 2, 3, 4, 5)
 LEAST = 3  # seeds that a method has to have for the leaderboard
 LEFT_OUT = ("tpt", "awt")  # of the leaderboard: minutes a run, in their own chapters
+TOLD = ("argue", "kapt")  # that read sentences about the classes they are tested on
 WHERE = {"base": "on base classes", "new": "on new classes", "hm": "in harmonic mean"}
 
 
@@ -200,7 +201,9 @@ and on new ones. Each method follows its own paper's recipe, as the one rule of
 {{py:func}}`promptkit.recipe.for_profile` puts it. Zero-shot CLIP uses each task's own
 template; the contexts of most methods start from "a photo of a", and KgCoOp, ProGrad
 and PromptSRC are drawn towards hand-written prompts, among them the task's own. A row
-marked * is a host trained by the recipe of the plug-in that extends it.
+marked * is a host trained by the recipe of the plug-in that extends it. One marked †
+reads sentences about the classes that it is tested on, new ones too; those of the mini
+world are true, and say of a class all that makes it one.
 
 ```{{figure}} _static/leaderboard.svg
 :alt: Each method as a point, base accuracy across, new accuracy up; lines of equal H.
@@ -578,7 +581,7 @@ def _ranking(summary) -> str:
 
 def _shown(name) -> str:
     """What page and figure call a label: zero-shot CLIP with its template, a host with
-    a star.
+    a star, and a dagger where sentences say what new classes are.
     """
     method, _, options = name.partition(" | ")
     template = (
@@ -586,7 +589,8 @@ def _shown(name) -> str:
         if method == "clip" and options
         else ""
     )
-    return title(method) + (template or "*" * bool(options))
+    told = "†" * (parse(method)[0] in TOLD)
+    return title(method) + (template or "*" * bool(options)) + told
 
 
 def _half(cell) -> str:
