@@ -240,6 +240,7 @@ def test_every_shipped_method_is_stamped(shipped):
     assert size < evidence.LARGEST
 
 
+@pytest.mark.timeout(1800)  # it trains every method there is
 def test_shipped_runs_still_come_out(shipped):
     """One run of every method, base-to-new on the smallest task, live: what a change of
     code changes turns red here, whatever the stamps say.

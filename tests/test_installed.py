@@ -102,6 +102,7 @@ papermill.execute_notebook(
 """
 
 
+@pytest.mark.timeout(1200)
 def test_chapters_install_the_package_and_run_anywhere(tmp_path):
     repository = committed(tmp_path / "repository")
     python, installed = environment(tmp_path)
