@@ -31,13 +31,14 @@ SPELLINGS = {
     "seed": ("seed",),
 }
 
+ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")  # of an object in memory
+TABLE = re.compile(r'<table id="(T_[0-9a-f]{5})"')  # of pandas' Styler
+
 # A kernel that starts and ends sooner: importing torch makes a million objects that
 # stay, among which garbage is looked for in vain, and an interpreter takes seconds to
 # free them one by one.
 # And one that ends with the process that started it: ipykernel's own watch waits for
 # process 1 to adopt it, which a desktop's session manager does in its place.
-ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")  # of an object in memory
-TABLE = re.compile(r'<table id="(T_[0-9a-f]{5})"')  # of pandas' Styler
 KERNEL = "; ".join(
     [
         "import atexit, gc, os, sys",

@@ -202,16 +202,8 @@ def find_run(config: dict, root=None) -> dict | None:
 
 def options_of(overrides: dict) -> str:
     """What a table calls the overrides of a run: "epochs=10, lr=0.01"."""
-    return ", ".join(
-        f"{key}={_in_order(value)}" for key, value in sorted(overrides.items())
-    )
-
-
-def _in_order(value):
-    """A dictionary sorted, as it is where it was stored."""
-    if isinstance(value, dict):
-        return {key: _in_order(value[key]) for key in sorted(value)}
-    return value
+    as_stored = json.loads(json.dumps(overrides, sort_keys=True))
+    return ", ".join(f"{key}={value}" for key, value in as_stored.items())
 
 
 def run_rows(record: dict) -> pd.DataFrame:
