@@ -141,6 +141,13 @@ def test_audit_names_what_differs(filled, edited):
     assert audit.audit(sample=5, progress=False)[0].apart < 1e-3
 
 
+def test_an_audit_without_time_for_all_stamps_what_it_repeated(filled, edited):
+    edited()
+    found = audit.audit(sample=5, minutes=0, progress=False)
+    assert [one.method for one in found] == ["clip"]  # the quickest
+    assert evidence.stamped("clip") and not evidence.stamped("coop")
+
+
 def test_prune(filled, monkeypatch):
     monkeypatch.setattr(pages, "asked", lambda: asked([1]))
     monkeypatch.setattr(audit, "find_chapters", lambda folder: [])
