@@ -219,7 +219,7 @@ shown for its order and not for its digits.{_open(missing)}
 
 ## What the papers say of each other
 
-Differences of the averages over tasks, one a seed, with 95 % intervals.
+Differences of the averages over tasks, with 95 % intervals over seeds.
 
 {_claims(compared(whole))}
 
@@ -512,8 +512,8 @@ not hold when the whole interval is on the other, and is undecided in between.
 - Differences are taken in the claim's direction: a positive one speaks for it, also
   where the claim says "below". *Asked* is how large it must be. Points are percentage
   points of accuracy.
-- Intervals are over the values that the column names, one a seed where nothing else is
-  said, each the average over the chapter's tasks.
+- Intervals are over the values that the column names. Of several seeds on each of
+  several tasks the spread within each task counts: {{eq}}`eq-interval`.
 - An undecided claim says how many such values would decide it if their mean and spread
   stayed as they are: an order of magnitude, not a promise.
 
