@@ -454,19 +454,23 @@ def _points(axis, points, names):
 
 def _spread(texts, lines=()):
     """Put each label beside its point, or near to it at the end of a line, where it
-    covers no point, none of the lines (pairs of ends) and no text before it.
+    covers no point, none of the lines (pairs of ends) and nothing placed before it.
     """
     figure, axis = texts[0].figure, texts[0].axes
     figure.draw_without_rendering()
     pixel = figure.dpi / 72
+
+    def along(tail, head):
+        """Small boxes on the way between two places."""
+        way = np.linspace(tail, head, 2 + int(np.hypot(*(head - tail)) / 4))
+        return [Bbox([at - pixel, at + pixel]) for at in way]
+
     places = [axis.transData.transform(text.xy) for text in texts]
     taken = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
     others = [text for text in axis.texts if text not in texts and text.get_text()]
     taken += [text.get_window_extent() for text in others]
     for ends in lines:
-        tail, head = axis.transData.transform(np.array(ends, float))
-        way = np.linspace(tail, head, 2 + int(np.hypot(*(head - tail)) / 4))
-        taken += [Bbox([at - pixel, at + pixel]) for at in way]
+        taken += along(*axis.transData.transform(np.array(ends, float)))
     beside = [(6, 4), (6, -11), (-6, 4), (-6, -11)]
     turns = np.linspace(0, 2 * np.pi, 16, endpoint=False)
     around = [
@@ -474,7 +478,7 @@ def _spread(texts, lines=()):
         for r in range(16, 120, 8)
         for turn in turns
     ]
-    for text in texts:
+    for text, place in zip(texts, places, strict=True):
         for x, y in [*beside, *around, beside[0]]:  # the last where no place is free
             text.set_position((x, y))
             text.set_horizontalalignment("left" if x > 0 else "right")
@@ -489,6 +493,7 @@ def _spread(texts, lines=()):
                 "", text.xy, (x, y + 3), textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6, "shrinkA": 0},
             )  # fmt: skip
+            taken += along(place, place + pixel * np.array([x, y + 3]))
 
 
 def image_grid(images, titles=None, columns=8, size=1.2):
