@@ -478,22 +478,26 @@ def _spread(texts, lines=()):
         for r in range(16, 120, 8)
         for turn in turns
     ]
+    labels = []
     for text, place in zip(texts, places, strict=True):
         for x, y in [*beside, *around, beside[0]]:  # the last where no place is free
             text.set_position((x, y))
             text.set_horizontalalignment("left" if x > 0 else "right")
-            box = text.get_window_extent()
+            box, line = text.get_window_extent(), []
+            if (x, y) not in beside:
+                line = along(place, place + pixel * np.array([x, y + 3]))
             inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
             inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken):
+            free = not any(box.overlaps(other) for other in taken)
+            if inside and free and not any(a.overlaps(b) for a in line for b in labels):
                 break
-        taken.append(box)
-        if (x, y) not in beside:
+        labels.append(box)
+        taken += [box, *line]
+        if line:
             axis.annotate(
                 "", text.xy, (x, y + 3), textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6, "shrinkA": 0},
             )  # fmt: skip
-            taken += along(place, place + pixel * np.array([x, y + 3]))
 
 
 def image_grid(images, titles=None, columns=8, size=1.2):
