@@ -454,7 +454,8 @@ def _points(axis, points, names):
 
 def _spread(texts, lines=()):
     """Put each label beside its point, or near to it at the end of a line, where it
-    covers no point, none of the lines (pairs of ends) and nothing placed before it.
+    covers no point, none of the lines (pairs of ends) and nothing placed before it, and
+    its own line neither.
     """
     figure, axis = texts[0].figure, texts[0].axes
     figure.draw_without_rendering()
@@ -466,7 +467,8 @@ def _spread(texts, lines=()):
         return [Bbox([at - pixel, at + pixel]) for at in way]
 
     places = [axis.transData.transform(text.xy) for text in texts]
-    taken = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
+    spots = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
+    taken = list(spots)
     others = [text for text in axis.texts if text not in texts and text.get_text()]
     taken += [text.get_window_extent() for text in others]
     for ends in lines:
@@ -479,7 +481,8 @@ def _spread(texts, lines=()):
         for turn in turns
     ]
     labels = []
-    for text, place in zip(texts, places, strict=True):
+    for text, place, spot in zip(texts, places, spots, strict=True):
+        crossed = [*labels, *(other for other in spots if other is not spot)]
         for x, y in [*beside, *around, beside[0]]:  # the last where no place is free
             text.set_position((x, y))
             text.set_horizontalalignment("left" if x > 0 else "right")
@@ -489,7 +492,8 @@ def _spread(texts, lines=()):
             inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
             inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
             free = not any(box.overlaps(other) for other in taken)
-            if inside and free and not any(a.overlaps(b) for a in line for b in labels):
+            crossing = any(part.overlaps(other) for part in line for other in crossed)
+            if inside and free and not crossing:
                 break
         labels.append(box)
         taken += [box, *line]
