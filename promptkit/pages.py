@@ -599,7 +599,9 @@ def _half(cell) -> str:
 
 
 def _claims(claims: list[Claim], chapter: str = "") -> str:
-    """A table of claims; of a chapter, each row leads there."""
+    """A table of claims, whose intervals are of 95 %; of a chapter, each row leads
+    there.
+    """
     lines = [
         "| claim | asked | measured | verdict |" + " chapter |" * bool(chapter),
         "| --- | --- | --- | --- |" + " --- |" * bool(chapter),
@@ -609,7 +611,7 @@ def _claims(claims: list[Claim], chapter: str = "") -> str:
         verdict = f"**{claim.verdict}**"
         if claim.would_decide():
             verdict += f": {claim.would_decide()}"
-        cells = (claim.text, claim.criterion, claim.measured(), verdict)
+        cells = (claim.text, claim.criterion, claim.measured(named=False), verdict)
         texts = " | ".join(cell.replace("|", "\\|") for cell in cells)
         lines.append(f"| {texts} |{link}")
     return "\n".join(lines)

@@ -619,13 +619,15 @@ class Claim:
         """The claim as a row of a table."""
         return asdict(self)
 
-    def measured(self) -> str:
+    def measured(self, named=True) -> str:
         """Estimate and interval in words, e.g. ``+8.1 points [+6.9, +9.3], 95 %
-        interval, 3 seeds``.
+        interval, 3 seeds``; ``named=False`` leaves out what kind of interval it is.
         """
         digits = 1 if self.unit else 2
         low, high = (f"{end:+.{digits}f}" for end in (self.low, self.high))
-        interval = f" [{low}, {high}], {100 * self.level:g} % interval"
+        interval = f" [{low}, {high}]"
+        if named:
+            interval += f", {100 * self.level:g} % interval"
         return (
             f"{self.estimate:+.{digits}f}{f' {self.unit}' * bool(self.unit)}"
             f"{', no interval' if math.isnan(self.low) else interval},"
