@@ -481,8 +481,8 @@ def _spread(texts, lines=()):
         for turn in turns
     ]
     labels = []
-    for text, place, spot in zip(texts, places, spots, strict=True):
-        crossed = [*labels, *(other for other in spots if other is not spot)]
+    for text, place, own in zip(texts, places, spots, strict=True):
+        crossed = [*labels, *(spot for spot in spots if not spot.overlaps(own))]
         for x, y in [*beside, *around, beside[0]]:  # the last where no place is free
             text.set_position((x, y))
             text.set_horizontalalignment("left" if x > 0 else "right")
