@@ -291,6 +291,23 @@ def test_a_killed_fill_loses_nothing(apart):
     pd.testing.assert_frame_equal(*tables)
 
 
+def test_runs_that_spread_with_the_seed_are_not_repeated(shipped):
+    rows = shipped[
+        (shipped["protocol"] == "base-to-new") & (shipped["method"] == "protext")
+    ]
+    (first,) = audit.choose(rows, 0)
+    same = {"dataset": first.config["dataset"], "overrides": first.config["overrides"]}
+    seeds = rows[
+        (rows["dataset"] == same["dataset"])
+        & (rows["overrides"].map(json.loads) == same["overrides"])
+        & (rows["split"] != "hm")
+    ]
+    assert seeds["seed"].nunique() > 2
+    assert seeds.groupby("split")["value"].std().max() <= audit.TOLERANCE
+    wild = rows.assign(value=rows["value"] + 50 * rows["seed"])
+    assert len(audit.choose(wild, 5)) == 1  # a method is not left out
+
+
 def test_a_run_is_planned_again_from_its_row(filled):
     for planned in audit.choose(evidence.load(), 5):
         assert evidence.find(planned.config) is not None
