@@ -29,7 +29,7 @@ install: $(STAMP)  ## install the pinned environment into .venv
 reproduce: $(STAMP)  ## run the chapters anew, in place, audit the evidence, render the book
 	$(BIN)/promptkit reproduce --profile $(PROFILE) --chapters "$(CHAPTERS)" --workers $(JOBS) \
 		$(if $(FRESH),--fresh)
-	$(if $(and $(filter mini,$(PROFILE)),$(wildcard promptkit/assets/evidence/*.csv)),$(BIN)/promptkit evidence audit --workers $(JOBS) --sample 10)
+	$(if $(and $(filter mini,$(PROFILE)),$(wildcard promptkit/assets/evidence/*.csv)),$(BIN)/promptkit evidence audit --workers $(JOBS) --sample 10 --minutes 3)
 	$(MAKE) book
 
 book: $(STAMP)  ## render the committed notebooks without running them

@@ -219,7 +219,7 @@ shown for its order and not for its digits.{_open(missing)}
 
 ## What the papers say of each other
 
-Differences of the averages over tasks, one a seed, with 95 % intervals.
+Differences of the averages over tasks, with 95 % intervals over seeds.
 
 {_claims(compared(whole))}
 
@@ -512,8 +512,8 @@ not hold when the whole interval is on the other, and is undecided in between.
 - Differences are taken in the claim's direction: a positive one speaks for it, also
   where the claim says "below". *Asked* is how large it must be. Points are percentage
   points of accuracy.
-- Intervals are over the values that the column names, one a seed where nothing else is
-  said, each the average over the chapter's tasks.
+- Intervals are over the values that the column names. Of several seeds on each of
+  several tasks the spread within each task counts: {{eq}}`eq-interval`.
 - An undecided claim says how many such values would decide it if their mean and spread
   stayed as they are: an order of magnitude, not a promise.
 
@@ -599,7 +599,9 @@ def _half(cell) -> str:
 
 
 def _claims(claims: list[Claim], chapter: str = "") -> str:
-    """A table of claims; of a chapter, each row leads there."""
+    """A table of claims, whose intervals are of 95 %; of a chapter, each row leads
+    there.
+    """
     lines = [
         "| claim | asked | measured | verdict |" + " chapter |" * bool(chapter),
         "| --- | --- | --- | --- |" + " --- |" * bool(chapter),
@@ -609,7 +611,7 @@ def _claims(claims: list[Claim], chapter: str = "") -> str:
         verdict = f"**{claim.verdict}**"
         if claim.would_decide():
             verdict += f": {claim.would_decide()}"
-        cells = (claim.text, claim.criterion, claim.measured(), verdict)
+        cells = (claim.text, claim.criterion, claim.measured(named=False), verdict)
         texts = " | ".join(cell.replace("|", "\\|") for cell in cells)
         lines.append(f"| {texts} |{link}")
     return "\n".join(lines)

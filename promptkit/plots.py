@@ -454,19 +454,25 @@ def _points(axis, points, names):
 
 def _spread(texts, lines=()):
     """Put each label beside its point, or near to it at the end of a line, where it
-    covers no point, none of the lines (pairs of ends) and no text before it.
+    covers no point, none of the lines (pairs of ends) and nothing placed before it, and
+    its own line neither.
     """
     figure, axis = texts[0].figure, texts[0].axes
     figure.draw_without_rendering()
     pixel = figure.dpi / 72
+
+    def along(tail, head):
+        """Small boxes on the way between two places."""
+        way = np.linspace(tail, head, 2 + int(np.hypot(*(head - tail)) / 4))
+        return [Bbox([at - pixel, at + pixel]) for at in way]
+
     places = [axis.transData.transform(text.xy) for text in texts]
-    taken = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
+    spots = [Bbox([at - 5 * pixel, at + 5 * pixel]) for at in places]
+    taken = list(spots)
     others = [text for text in axis.texts if text not in texts and text.get_text()]
     taken += [text.get_window_extent() for text in others]
     for ends in lines:
-        tail, head = axis.transData.transform(np.array(ends, float))
-        way = np.linspace(tail, head, 2 + int(np.hypot(*(head - tail)) / 4))
-        taken += [Bbox([at - pixel, at + pixel]) for at in way]
+        taken += along(*axis.transData.transform(np.array(ends, float)))
     beside = [(6, 4), (6, -11), (-6, 4), (-6, -11)]
     turns = np.linspace(0, 2 * np.pi, 16, endpoint=False)
     around = [
@@ -474,17 +480,24 @@ def _spread(texts, lines=()):
         for r in range(16, 120, 8)
         for turn in turns
     ]
-    for text in texts:
+    labels = []
+    for text, place, own in zip(texts, places, spots, strict=True):
+        crossed = [*labels, *(spot for spot in spots if not spot.overlaps(own))]
         for x, y in [*beside, *around, beside[0]]:  # the last where no place is free
             text.set_position((x, y))
             text.set_horizontalalignment("left" if x > 0 else "right")
-            box = text.get_window_extent()
+            box, line = text.get_window_extent(), []
+            if (x, y) not in beside:
+                line = along(place, place + pixel * np.array([x, y + 3]))
             inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
             inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken):
+            free = not any(box.overlaps(other) for other in taken)
+            crossing = any(part.overlaps(other) for part in line for other in crossed)
+            if inside and free and not crossing:
                 break
-        taken.append(box)
-        if (x, y) not in beside:
+        labels.append(box)
+        taken += [box, *line]
+        if line:
             axis.annotate(
                 "", text.xy, (x, y + 3), textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6, "shrinkA": 0},

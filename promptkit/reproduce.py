@@ -408,7 +408,7 @@ def _clean(notebook):
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if not _progress(out)]
+            cell.outputs = _joined(out for out in cell.outputs if not _progress(out))
             for data in (out.get("data", {}) for out in cell.outputs):
                 if "text/plain" in data:
                     data["text/plain"] = ADDRESS.sub("", data["text/plain"])
@@ -418,6 +418,18 @@ def _clean(notebook):
         if not cell.metadata.get("tags", True):
             del cell.metadata["tags"]
     return notebook
+
+
+def _joined(outputs) -> list:
+    """What was printed in one go, in one piece: the kernel cuts it where it likes."""
+    found = []
+    for output in outputs:
+        before = found[-1] if found else {}
+        if "text" in output and before.get("name") == output.get("name"):
+            before["text"] += output["text"]
+        else:
+            found.append(output)
+    return found
 
 
 def _progress(output) -> bool:

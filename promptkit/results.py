@@ -23,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri
 
 from promptkit.errors import InputError
 from promptkit.files import write_atomically
+from promptkit.intervals import MOST_SEEDS, interval, seeds_needed, spread
 from promptkit.recipe import PROTOCOLS, TRANSFER
 
 SPLITS = ("base", "new", "hm", "all")
-MOST_SEEDS = 1000  # beyond which a claim counts as out of reach
 # The baseline of the few-shot figures: no method, but measured and stored like one.
 PROBE = "linear-probe"
 # What a results folder holds, by which it is known again; what a project's root holds.
@@ -297,26 +297,13 @@ def harmonic_mean(base, new):
     ]
 
 
-def interval(values, level=0.95) -> tuple[float, float, float]:
-    """Mean and two-sided Student t interval of independent values: ``(mean, low,
-    high)``.
-
-    Fewer than two values have no interval: low and high are NaN.
+def linear_harmonic_mean(base, new):
+    """Values, one a value of base and new, whose mean is the harmonic mean of the two
+    means, and whose spread is its spread to first order: H is homogeneous, so
+    ``H(b, n) = dH/db b + dH/dn n``.
     """
-    if not 0 < level < 1:
-        raise InputError(f"the level of an interval lies between 0 and 1, not {level}")
-    values = np.asarray(list(values), float)
-    if len(values) == 0:
-        return math.nan, math.nan, math.nan
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = float(
-        stdtrit(len(values) - 1, (1 + level) / 2)
-        * values.std(ddof=1)
-        / math.sqrt(len(values))
-    )
-    return mean, mean - half, mean + half
+    b, n = np.mean(np.asarray(base)), np.mean(np.asarray(new))
+    return base * (2 * (n / (b + n)) ** 2) + new * (2 * (b / (b + n)) ** 2)
 
 
 def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
@@ -328,8 +315,8 @@ def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
     are averaged over the datasets first and "hm" is the harmonic mean of the two
     averages (``hm_of_tasks`` is the mean of the datasets' harmonic means, which a few
     papers report in its place). Averages of cross-dataset and domain-generalization
-    leave the source out. Intervals are over seeds: each seed gives one value, for the
-    average row its own average over the datasets.
+    leave the source out. Intervals are over seeds, for an average over datasets as
+    :mod:`promptkit.intervals` says.
 
     Returns:
         Columns method, options, protocol, profile, model, precision, shots, dataset,
@@ -416,28 +403,28 @@ def _average(cells, protocol, level):
         count = members["target"].nunique()
         if not count:
             continue
-        by_split = cells[list(members.itertuples(index=False, name=None))].T.groupby(
-            level="split", sort=False
-        )
-        over_seeds = by_split.apply(
-            lambda part: part.mean(axis=1).mean()
-        )  # as the papers: every number there is
-        complete = by_split.apply(
-            lambda part: part.mean(axis=0).where(part.notna().all())
-        ).T.dropna()  # a row a seed
-        table = complete.copy()
-        means = over_seeds.to_dict()
+        members = cells[list(members.itertuples(index=False, name=None))]
+        by_split = {
+            split: part.droplevel("split").dropna(axis=1)  # complete seeds alone
+            for split, part in members.T.groupby(level="split", sort=False)
+        }
+        # The means are the papers': of every number there is.
+        means = members.mean().groupby(level="split", sort=False).mean().to_dict()
         if {"base", "new"} <= set(means):
-            table["hm_of_tasks"], means["hm_of_tasks"] = complete["hm"], means["hm"]
-            table["hm"], means["hm"] = (
-                harmonic_mean(x["base"], x["new"]) for x in (complete, means)
-            )
+            by_split["hm_of_tasks"], means["hm_of_tasks"] = by_split["hm"], means["hm"]
+            base, new = by_split["base"], by_split["new"]
+            by_split["hm"] = linear_harmonic_mean(base, new).dropna(axis=1)
+            means["hm"] = float(harmonic_mean(means["base"], means["new"]))
         for split in (*SPLITS, "hm_of_tasks"):
             if split in means:
-                _, low, high = interval(table[split], level)
+                table = by_split[split]
+                if protocol in TRANSFER:  # one training for all targets
+                    table = table.mean().to_frame().T
+                half = spread(table).half(level=level)
                 yield dataset, {
-                    "split": split, "mean": float(means[split]), "low": low,
-                    "high": high, "seeds": len(table), "datasets": count,
+                    "split": split, "mean": float(means[split]),
+                    "low": means[split] - half, "high": means[split] + half,
+                    "seeds": table.shape[1], "datasets": count,
                 }  # fmt: skip
 
 
@@ -524,9 +511,10 @@ def differences(
         runs: tidy rows; ``a`` and ``b`` are names in its column ``method``, or
             ``"method | options"``.
         split: keep one of "base", "new", "hm", "all".
-        average: average over the tasks first ("hm" as the harmonic mean of the
-            averages, sources of a transfer left out): one difference a seed and number
-            of shots, for claims about the average over exactly these tasks.
+        average: for claims about the average over exactly these tasks: seeds that some
+            task lacks and the sources of a transfer are left out, its targets are
+            averaged, and "hm" are values whose mean is the difference of the harmonic
+            means of the averages.
 
     Raises:
         InputError: a method has no rows, has several for one measurement, or nothing of
@@ -542,7 +530,7 @@ def differences(
     keys = [key for key in left if key in right and key != "value"]
     pairs = left.merge(right, on=keys, suffixes=("_a", "_b"))
     if average:
-        pairs = _average_pairs(pairs)
+        pairs = _of_averages(pairs)
     if split is not None:
         pairs = pairs[pairs["split"] == split]
     if not len(pairs):
@@ -582,22 +570,29 @@ def _side(runs, name):
     return rows[[*keys, "value"]]
 
 
-def _average_pairs(pairs):
+def _of_averages(pairs):
+    """The same pairs, of complete seeds alone, a training's targets averaged, and with
+    values of "hm" that average to the harmonic mean of the averages.
+    """
     transfer = pairs["protocol"].isin(TRANSFER)
     pairs = pairs[~transfer | (pairs["dataset"] != pairs["target"])]
-    groups = pairs.groupby(["protocol", "shots", "seed", "split"])[
-        ["value_a", "value_b"]
-    ]
-    means, count = groups.mean(), groups.size()
-    means = means[
-        count == count.groupby(level=["protocol", "shots", "split"]).transform("max")
-    ]  # complete seeds alone
-    wide = means.unstack("split")
+    keys = ["protocol", "dataset", "shots", "seed", "split"]
+    means = pairs.groupby(keys)[["value_a", "value_b"]].mean()
+    found = means.unstack("split").reset_index("dataset")
+    every = found["dataset"].groupby(level=["protocol", "shots", "seed"]).size()
+    every = every[every == every.groupby(level=["protocol", "shots"]).transform("max")]
+    found = found.loc[found.index.isin(every.index)]
+    found = found.set_index("dataset", append=True)
     for side in ("value_a", "value_b"):
-        if {"base", "new"} <= set(wide[side]):
-            wide[side, "hm"] = harmonic_mean(wide[side, "base"], wide[side, "new"])
-    means = wide.stack("split", future_stack=True).dropna().reset_index()
-    return means.assign(dataset="average", target="average")
+        if {"base", "new"} <= set(found[side]):
+            for _, part in found.groupby(level=["protocol", "shots"]):
+                hm = linear_harmonic_mean(part[side, "base"], part[side, "new"])
+                found.loc[part.index, (side, "hm")] = hm
+    if found.index.get_level_values("seed").nunique() == 1:  # no spread within tasks
+        found = found.groupby(level=["protocol", "shots", "seed"]).mean()
+        found = pd.concat({"average": found}, names=["dataset"])
+    found = found.stack("split", future_stack=True).dropna().reset_index()
+    return found.assign(target="average")
 
 
 @dataclass(frozen=True)
@@ -624,13 +619,15 @@ class Claim:
         """The claim as a row of a table."""
         return asdict(self)
 
-    def measured(self) -> str:
+    def measured(self, named=True) -> str:
         """Estimate and interval in words, e.g. ``+8.1 points [+6.9, +9.3], 95 %
-        interval, 3 seeds``.
+        interval, 3 seeds``; ``named=False`` leaves out what kind of interval it is.
         """
         digits = 1 if self.unit else 2
         low, high = (f"{end:+.{digits}f}" for end in (self.low, self.high))
-        interval = f" [{low}, {high}], {100 * self.level:g} % interval"
+        interval = f" [{low}, {high}]"
+        if named:
+            interval += f", {100 * self.level:g} % interval"
         return (
             f"{self.estimate:+.{digits}f}{f' {self.unit}' * bool(self.unit)}"
             f"{', no interval' if math.isnan(self.low) else interval},"
@@ -673,39 +670,22 @@ class Claim:
 
 def _counted(n, of):
     """As in "3 seeds" and "1 seed"."""
-    return f"{n:,} {of.removesuffix('s') if n == 1 else of}"
+    if n == 1:
+        first, *more = of.split(" ", 1)
+        of = " ".join([first.removesuffix("s"), *more])
+    return f"{n:,} {of}"
 
 
-def seeds_needed(deviation: float, distance: float, level=0.95) -> int | None:
-    """How many independent values decide a claim, if their mean and their spread stay
-    what was measured: the smallest n whose Student t interval has a half-width below
-    the distance.
-
-    Such a number is an order of magnitude: more values move the mean, too.
-
-    Args:
-        deviation: the values' standard deviation.
-        distance: of their mean from the threshold, in the same units.
-
-    Returns:
-        None where ``MOST_SEEDS`` are not enough, or where there is no deviation: of
-        fewer than two values.
+def _kind_of(differences, found):
+    """What the values of :func:`differences` are independent in: "seeds", "seeds on
+    each of 11 tasks", "tasks", or "values" if it cannot be told.
     """
-    if not (math.isfinite(deviation) and distance > 0):
-        return None
-    n = np.arange(2, MOST_SEEDS + 1)
-    half = stdtrit(n - 1, (1 + level) / 2) * deviation / np.sqrt(n)
-    return int(n[half < distance][0]) if (half < distance).any() else None
-
-
-def _kind_of(differences):
-    """What the values of :func:`differences` are independent in: "seeds", "tasks", or
-    "values" if it cannot be told.
-    """
+    if found.tasks > 1:
+        return f"seeds on each of {found.tasks} tasks"
     index = getattr(differences, "index", None)
     for name, of in (("seed", "seeds"), ("task", "tasks"), ("dataset", "tasks")):
         if name in getattr(index, "names", ()):
-            if index.get_level_values(name).is_unique:
+            if index.get_level_values(name).nunique() == found.n:
                 return of
     return "values"
 
@@ -723,14 +703,14 @@ def check_claim(
 
     Args:
         text: the claim, as a sentence.
-        differences: paired differences, independent of each other: one a seed, or one a
-            task and seed; see
-            :func:`differences`.
+        differences: paired differences as those of :func:`differences`, or independent
+            of each other; see :func:`promptkit.intervals.spread`.
         at_least: d, in the units of the differences.
         within: half-width of "near"; replaces ``at_least``.
         unit: of the differences, "" for pure numbers.
         of: what the differences are independent in, in the plural; by default "seeds"
-            or "tasks" where their index tells (one value each), else "values".
+            (on each of several tasks) or "tasks" where their index tells, else
+            "values".
 
     Raises:
         InputError: there are no differences, or one is not a finite number.
@@ -740,7 +720,8 @@ def check_claim(
         raise InputError(
             f"the claim {text!r} needs finite differences, not {values.tolist()[:5]}"
         )
-    mean, low, high = interval(values, level)
+    found = spread(differences)
+    mean, low, high = interval(differences, level)
     in_units = f" {unit}" * bool(unit)
     if within is not None:
         holds, fails = (
@@ -755,11 +736,11 @@ def check_claim(
         distance = abs(mean - at_least)
     verdict = "holds" if holds else "does not hold" if fails else "undecided"
     needed = None
-    if verdict == "undecided" and len(values) > 1:
-        needed = seeds_needed(float(values.std(ddof=1)), distance, level)
+    if verdict == "undecided" and found.n > 1:
+        needed = seeds_needed(found, distance, level)
     return Claim(
-        text, verdict, mean, low, high, len(values), criterion, level, unit,
-        of or _kind_of(differences), needed,
+        text, verdict, mean, low, high, found.n, criterion, level, unit,
+        of or _kind_of(differences, found), needed,
     )  # fmt: skip
 
 

@@ -9,15 +9,14 @@ from scipy.stats import t
 from test_results import base_new, table
 
 from promptkit import pages
+from promptkit.intervals import MOST_SEEDS, Spread, seeds_needed
 from promptkit.results import (
-    MOST_SEEDS,
     Claim,
     check_claim,
     claims_table,
     differences,
     load_claims,
     save_claims,
-    seeds_needed,
 )
 
 
@@ -54,9 +53,11 @@ def test_a_decided_claim_needs_nothing():
 
 
 def test_claims_that_no_number_of_seeds_decides():
-    assert seeds_needed(1.0, 0.0) is None and seeds_needed(float("nan"), 1) is None
-    assert seeds_needed(1.0, 1e-3) is None and seeds_needed(0.0, 1e-9) == 2
-    assert seeds_needed(1.0, 0.0621) == 999 and seeds_needed(1.0, 0.062) is None
+    found = Spread(mean=0.0, deviation=1.0, n=3)
+    assert seeds_needed(found, 0.0) is None and seeds_needed(found, 1e-3) is None
+    assert seeds_needed(Spread(0.0, float("nan"), 1), 1) is None
+    assert seeds_needed(Spread(0.0, 0.0, 3), 1e-9) == 2
+    assert seeds_needed(found, 0.0621) == 999 and seeds_needed(found, 0.062) is None
     alone = check_claim("x", [1.0], of="seeds")
     assert alone.needed is None and alone.would_decide() == "1 seed cannot decide it"
     level = check_claim("x", [-1.0, 1.0], of="seeds")
@@ -69,9 +70,14 @@ def test_values_are_called_what_they_are():
         *(base_new(70, 65, method="clip", dataset=d, seed=0, shots=0) for d in "ab"),
     )
     over_seeds = differences(runs, "coop", "clip", "base", average=True)
-    assert check_claim("x", over_seeds).of == "seeds"
-    assert check_claim("x", -over_seeds + 1).of == "seeds"
-    assert check_claim("x", differences(runs, "coop", "clip", "base")).of == "values"
+    claim = check_claim("x", over_seeds)
+    assert (claim.of, claim.n) == ("seeds on each of 2 tasks", 3)
+    assert claim.measured().endswith("interval, 3 seeds on each of 2 tasks")
+    assert check_claim("x", -over_seeds + 1).of == claim.of
+    assert check_claim("x", over_seeds.groupby("seed").mean()).of == "seeds"
+    assert check_claim("x", over_seeds.groupby("dataset").mean()).of == "tasks"
+    assert check_claim("x", over_seeds.iloc[:3]).of == "seeds"
+    assert check_claim("x", over_seeds.tolist()).of == "values"
     by_task = pd.Series([1.0, 2.0], pd.Index(["pets", "cars"], name="task"))
     assert check_claim("x", by_task).measured().endswith(", 2 tasks")
     assert check_claim("x", [1.0, 2.0]).of == "values"
@@ -108,9 +114,9 @@ def test_the_page_of_claims(tmp_path):
     assert "| claim | asked | measured | verdict | chapter |" in page
     link = "{doc}`05 </notebooks/05_kgcoop>`"
     assert (
-        "| A\\|B beats C. | at least +8 points | +9.0 points [+4.0, +14.0], 95 %"
-        f" interval, 3 seeds | **undecided**: about {open_.needed} seeds would decide"
-        f" it | {link}" in page
+        "| A\\|B beats C. | at least +8 points | +9.0 points [+4.0, +14.0], 3 seeds"
+        f" | **undecided**: about {open_.needed} seeds would decide it | {link}" in page
     )
-    assert f"| D is below E. | more than 0 | {closed.measured()} | **holds** |" in page
+    short = closed.measured(named=False)
+    assert f"| D is below E. | more than 0 | {short} | **holds** |" in page
     assert page.count(link) == 2

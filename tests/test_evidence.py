@@ -141,6 +141,13 @@ def test_audit_names_what_differs(filled, edited):
     assert audit.audit(sample=5, progress=False)[0].apart < 1e-3
 
 
+def test_an_audit_without_time_for_all_stamps_what_it_repeated(filled, edited):
+    edited()
+    found = audit.audit(sample=5, minutes=0, progress=False)
+    assert [one.method for one in found] == ["clip"]  # the quickest
+    assert evidence.stamped("clip") and not evidence.stamped("coop")
+
+
 def test_prune(filled, monkeypatch):
     monkeypatch.setattr(pages, "asked", lambda: asked([1]))
     monkeypatch.setattr(audit, "find_chapters", lambda folder: [])
@@ -282,6 +289,23 @@ def test_a_killed_fill_loses_nothing(apart):
         for name in ("killed", "whole")
     ]
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_runs_that_spread_with_the_seed_are_not_repeated(shipped):
+    rows = shipped[
+        (shipped["protocol"] == "base-to-new") & (shipped["method"] == "protext")
+    ]
+    (first,) = audit.choose(rows, 0)
+    same = {"dataset": first.config["dataset"], "overrides": first.config["overrides"]}
+    seeds = rows[
+        (rows["dataset"] == same["dataset"])
+        & (rows["overrides"].map(json.loads) == same["overrides"])
+        & (rows["split"] != "hm")
+    ]
+    assert seeds["seed"].nunique() > 2
+    assert seeds.groupby("split")["value"].std().max() <= audit.TOLERANCE
+    wild = rows.assign(value=rows["value"] + 50 * rows["seed"])
+    assert len(audit.choose(wild, 5)) == 1  # a method is not left out
 
 
 def test_a_run_is_planned_again_from_its_row(filled):

@@ -260,6 +260,20 @@ def test_progress_bars_leave_no_trace(book):
     assert shown[0] == [] and shown[1][0]["text"] == "watch out\n"
 
 
+def test_what_is_printed_in_one_go_is_one_output(book):
+    code = (
+        "import sys\n"
+        "for text in ('a', '\\n', 'b'):\n"
+        "    print(text, end='', flush=True)\n"
+        "print('c', file=sys.stderr, flush=True)\n"
+        "print('d')"
+    )
+    path = chapter(book / "notebooks", "04_cocoop.ipynb", code)
+    assert not execute_chapter(Job(path, path, {}, {})).error
+    outputs = nbformat.read(path, 4).cells[1].outputs
+    assert [out["text"] for out in outputs] == ["a\nb", "c\n", "d\n"]
+
+
 def test_the_same_tables_are_written_the_same(book):
     code = (
         "import pandas as pd\n"

@@ -206,30 +206,6 @@ def test_reading_results_needs_no_torch():
 # --- means ----------------------------------------------------------------------------
 
 
-def test_interval_by_hand():
-    # mean 2, sample sd 1, n = 3, t(0.975; 2) = 4.302653: half-width 4.302653 / sqrt(3)
-    # = 2.484138
-    assert interval([1, 2, 3]) == pytest.approx(
-        (2, 2 - 2.484138, 2 + 2.484138), abs=1e-6
-    )
-    # mean 5, sd sqrt(8) = 2.828427, n = 2, t(0.95; 1) = 6.313752: half-width 6.313752 *
-    # 2 = 12.627503
-    assert interval([3, 7], level=0.9) == pytest.approx(
-        (5, 5 - 12.627503, 5 + 12.627503), abs=1e-5
-    )
-    assert interval([4, 4, 4]) == (4, 4, 4)
-    values = np.random.default_rng(0).normal(size=20)
-    expected = stats.t.interval(0.99, 19, values.mean(), stats.sem(values))
-    assert interval(values, 0.99)[1:] == pytest.approx(expected)
-
-
-def test_interval_of_too_few():
-    assert interval([5.0])[0] == 5 and all(map(math.isnan, interval([5.0])[1:]))
-    assert all(map(math.isnan, interval([])))
-    with pytest.raises(InputError, match="between 0 and 1, not 95"):
-        interval([1, 2], level=95)
-
-
 def test_harmonic_mean_conventions():
     assert harmonic_mean(69.34, 74.22) == pytest.approx(
         71.70, abs=0.005
@@ -284,7 +260,7 @@ def test_means_over_seeds():
     assert (cells.seeds == 3).all()
 
 
-def test_average_interval_is_over_seeds():
+def test_average_interval_is_over_seeds_within_tasks():
     runs = table(
         *(
             base_new(b + s, 50, seed=s, dataset=d)
@@ -293,7 +269,8 @@ def test_average_interval_is_over_seeds():
         )
     )
     base = summarise(runs).query("dataset == 'average' and split == 'base'").iloc[0]
-    assert (base["mean"], base.low, base.high) == pytest.approx(interval([71, 72]))
+    within = interval(np.array([[61.0, 62.0], [81.0, 82.0]]))
+    assert (base["mean"], base.low, base.high) == pytest.approx(within)
     assert (base.seeds, base.datasets) == (2, 2)
     incomplete = pd.concat(
         [runs, table(base_new(99, 99, seed=3))]
@@ -301,9 +278,9 @@ def test_average_interval_is_over_seeds():
     base = (
         summarise(incomplete).query("dataset == 'average' and split == 'base'").iloc[0]
     )
-    assert base.seeds == 2 and (base.low, base.high) == pytest.approx(
-        interval([71, 72])[1:]
-    )
+    half = (within[2] - within[1]) / 2
+    assert base.seeds == 2 and (base.high - base.low) / 2 == pytest.approx(half)
+    assert (base.low + base.high) / 2 == base["mean"] != within[0]  # of every number
 
 
 def test_averages_of_transfer_leave_the_source_out():
@@ -649,9 +626,14 @@ def test_paired_differences():
         -11,
     ]
     average = differences(two_methods(), "coop", "clip", "base", average=True)
-    assert average.tolist() == [12, 13, 14]
+    assert average.groupby("seed").mean().tolist() == [12, 13, 14]
+    assert average.groupby("dataset").mean().tolist() == [14, 12]
     hm = differences(two_methods(), "coop", "clip", "hm", average=True)
-    assert hm.iloc[0] == pytest.approx(harmonic_mean(82, 60) - harmonic_mean(70, 65))
+    assert len(hm) == 6
+    assert hm.mean() == pytest.approx(harmonic_mean(83, 60) - harmonic_mean(70, 65))
+    one = two_methods().query("seed < 2")  # no spread within a task
+    (alone,) = differences(one, "coop", "clip", "base", average=True)
+    assert alone == 12
 
 
 def test_differences_of_variants_and_their_errors():

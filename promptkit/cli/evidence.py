@@ -116,6 +116,9 @@ def audit(
     tolerance: option(
         float, "Points that a number may be away.", parser=number, show_default=True
     ) = 2.0,
+    minutes: option(
+        float | None, "Stop after so many; the quickest runs come first.", parser=number
+    ) = None,
     workers: Workers = 1,
     scheduler: Scheduler = None,
 ):
@@ -128,10 +131,11 @@ def audit(
 
     at_least(1, 512, workers=workers)
     chosen = None if methods is None else names("--methods", methods)
-    found = auditing.audit(sample, seed, chosen, tolerance, workers, scheduler)
+    found = auditing.audit(sample, seed, chosen, tolerance, workers, scheduler, minutes)
     heads = ["method", "runs", "points apart", "verdict"]
     table = console.table(
-        heads, title=f"Audit; up to {tolerance:g} points are rounding"
+        heads,
+        title=f"Audit of {len(found)} runs; up to {tolerance:g} points are rounding",
     )
     for row in auditing.table(found, tolerance).itertuples():
         verdict = "stamped" if row.agrees else "[bold]differs[/]"
