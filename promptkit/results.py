@@ -577,7 +577,10 @@ def _of_averages(pairs):
     transfer = pairs["protocol"].isin(TRANSFER)
     pairs = pairs[~transfer | (pairs["dataset"] != pairs["target"])]
     keys = ["protocol", "dataset", "shots", "seed", "split"]
-    means = pairs.groupby(keys)[["value_a", "value_b"]].mean()
+    groups = pairs.groupby(keys)[["value_a", "value_b"]]
+    count = groups.size()  # of targets
+    most = count.groupby(level=["protocol", "dataset", "shots", "split"])
+    means = groups.mean()[count == most.transform("max")]
     found = means.unstack("split").reset_index("dataset")
     every = found["dataset"].groupby(level=["protocol", "shots", "seed"]).size()
     every = every[every == every.groupby(level=["protocol", "shots"]).transform("max")]

@@ -636,6 +636,22 @@ def test_paired_differences():
     assert alone == 12
 
 
+def test_a_seed_that_lacks_a_target_is_left_out():
+    runs = table(
+        *(
+            record(
+                method=method, protocol="cross-dataset", dataset="mini", seed=seed,
+                mini=90, pets=base + seed, **({"cars": 40} if seed < 3 else {}),
+            )
+            for method, base in (("coop", 60), ("kgcoop", 62))
+            for seed in (1, 2, 3)
+        )
+    )  # fmt: skip
+    found = differences(runs, "kgcoop", "coop", "all", average=True)
+    assert found.index.get_level_values("seed").tolist() == [1, 2]
+    assert found.tolist() == [1, 1]  # of two targets, the source left out
+
+
 def test_differences_of_variants_and_their_errors():
     runs = pd.concat([two_methods(), table(base_new(90, 60, overrides={"n_ctx": 4}))])
     with pytest.raises(InputError, match="'lasp'.*clip, coop"):
