@@ -138,7 +138,7 @@ def audit(
         title=f"Audit of {len(found)} runs; up to {tolerance:g} points are rounding",
     )
     for row in auditing.table(found, tolerance).itertuples():
-        verdict = "stamped" if row.agrees else "[bold]differs[/]"
+        verdict = "agrees" if row.agrees else "[bold]differs[/]"
         table.add_row(row.method, str(row.runs), f"{row.apart:.2f}", verdict)
     console.out.print(table)
     wrong = [one for one in found if one.apart > tolerance]
