@@ -118,8 +118,7 @@ def test_old_numbers_never_pass_for_new_code(filled, edited):
         evidence.add(records[:1])
     # An audit that finds the same numbers gives the stamp.
     found = audit.audit(sample=5, progress=False)
-    assert {one.method for one in found} == {"clip", "coop"}
-    assert max(one.apart for one in found) < 1e-3
+    assert max(one.apart for one in found) < 1e-3 and len(found) == 3
     assert evidence.stamps()["coop"] == "0" * 12
     assert audit.status("leaderboard")[0].there == 3
 
@@ -127,14 +126,14 @@ def test_old_numbers_never_pass_for_new_code(filled, edited):
 def test_audit_names_what_differs(filled, edited):
     path = filled / "base-to-new.csv"
     rows = pd.read_csv(path, keep_default_na=False)
-    wrong = (rows["method"] == "coop") & (rows["split"] == "new")
-    rows.loc[wrong, "value"] -= 5
+    wrong = (rows["method"] == "coop") & (rows["seed"] == 2)
+    rows.loc[wrong & (rows["split"] == "new"), "value"] -= 5
     rows.to_csv(path, index=False)
     edited()
     found = audit.audit(sample=5, progress=False)
     table = audit.table(found).set_index("method")
     assert not table.loc["coop", "agrees"] and table.loc["clip", "agrees"]
-    assert found[0].apart == pytest.approx(5, abs=1e-3) and "on sat" in found[0].what
+    assert found[0].apart == pytest.approx(5, abs=1e-3) and "seed 2" in found[0].what
     assert evidence.stamps()["coop"] != "0" * 12  # no stamp for what differs
     # Made anew on purpose, the rows are the new code's and bear its stamp.
     assert audit.fill("leaderboard", stale=["coop"], progress=False) == (2, 0)
