@@ -267,11 +267,13 @@ def choose(rows: pd.DataFrame, sample: int, seed=0, methods=None) -> list[Plan]:
 
 def _apart(rows) -> pd.Series:
     """Of each run by what it asked for: the standard deviation over the seeds of what
-    it measured, that of the number that spreads most.
+    it measured, that of the number that spreads most; NaN with fewer than three seeds,
+    which hardly tell it.
     """
     rows = rows[rows["split"] != "hm"]
     same = ["method", "overrides", "protocol", "profile", "model", "dataset", "shots"]
-    spread = rows.groupby([*same, "target", "split"])["value"].transform("std")
+    seeds = rows.groupby([*same, "target", "split"])["value"]
+    spread = seeds.transform("std").where(seeds.transform("size") > 2)
     return spread.groupby(rows["asked"]).max()
 
 

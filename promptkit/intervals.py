@@ -35,11 +35,23 @@ class Spread:
     def half(self, n=None, level=0.95):
         """Half the width of the interval, with n seeds (or an array of such); NaN with
         fewer than two.
+
+        Raises:
+            InputError: the level is not between 0 and 1.
         """
+        if not 0 < level < 1:
+            raise InputError(
+                f"the level of an interval lies between 0 and 1, not {level}"
+            )
         n = np.asarray(self.n if n is None else n, float)
         with np.errstate(invalid="ignore", divide="ignore"):
             t = stdtrit((n - 1) * self.alike, (1 + level) / 2)
             return np.where(n > 1, t * self.deviation / np.sqrt(n), math.nan)
+
+    def interval(self, level=0.95) -> tuple[float, float, float]:
+        """``(mean, low, high)``."""
+        half = float(self.half(level=level))
+        return self.mean, self.mean - half, self.mean + half
 
 
 def spread(values) -> Spread:
@@ -78,11 +90,7 @@ def interval(values, level=0.95) -> tuple[float, float, float]:
     Raises:
         InputError: the level is not between 0 and 1.
     """
-    if not 0 < level < 1:
-        raise InputError(f"the level of an interval lies between 0 and 1, not {level}")
-    found = spread(values)
-    half = float(found.half(level=level))
-    return found.mean, found.mean - half, found.mean + half
+    return spread(values).interval(level)
 
 
 def seeds_needed(found: Spread, distance: float, level=0.95) -> int | None:

@@ -724,7 +724,7 @@ def check_claim(
             f"the claim {text!r} needs finite differences, not {values.tolist()[:5]}"
         )
     found = spread(differences)
-    mean, low, high = interval(differences, level)
+    mean, low, high = found.interval(level)
     in_units = f" {unit}" * bool(unit)
     if within is not None:
         holds, fails = (
