@@ -544,6 +544,15 @@ def differences(
     return (pairs["value_a"] - pairs["value_b"]).rename(f"{a} - {b}")
 
 
+def over_shots(runs: pd.DataFrame, a: str, b: str, shots: Iterable[int]) -> pd.Series:
+    """Paired differences ``a - b`` of few-shot runs, averaged over these numbers of
+    shots: one a task and seed. See :func:`differences`.
+    """
+    wanted = runs[runs["shots"].isin([0, *shots])]  # 0: a method that needs none
+    found = differences(wanted, a, b, "all", average=True)
+    return found.groupby(["dataset", "seed"]).mean().rename(f"{a} - {b}")
+
+
 def label(runs: pd.DataFrame) -> pd.Series:
     """What tables and figures call a row's method: its name, and the options that were
     given to it if any.
@@ -647,7 +656,8 @@ class Claim:
             return f"{_counted(self.n, self.of)} cannot decide it"
         if self.needed is None:
             return f"{MOST_SEEDS:,} {self.of} would not decide it"
-        return f"about {_counted(self.needed, self.of)} would decide it"
+        of = self.of.split(" on each")[0]  # "seeds on each of 11 tasks"
+        return f"about {_counted(self.needed, of)} would decide it"
 
     def __str__(self):
         more = f"; {self.would_decide()}" if self.would_decide() else ""

@@ -27,6 +27,7 @@ from promptkit.results import (
     load_results,
     newest,
     options_of,
+    over_shots,
     paper_numbers,
     read_run,
     run_path,
@@ -650,6 +651,23 @@ def test_a_seed_that_lacks_a_target_is_left_out():
     found = differences(runs, "kgcoop", "coop", "all", average=True)
     assert found.index.get_level_values("seed").tolist() == [1, 2]
     assert found.tolist() == [1, 1]  # of two targets, the source left out
+
+
+def test_differences_over_numbers_of_shots():
+    runs = table(
+        *(
+            record(all=50 + shots + seed, dataset=task, shots=shots, seed=seed)
+            for task in "ab"
+            for shots in (1, 4, 16)
+            for seed in (1, 2)
+        ),
+        *(record(all=50, method="clip", dataset=d, seed=0, shots=0) for d in "ab"),
+    )
+    found = over_shots(runs, "coop", "clip", [1, 4])
+    assert found.index.names == ["dataset", "seed"]
+    assert found.tolist() == [3.5, 4.5] * 2
+    rise = over_shots(runs, "coop", "clip", [16]) - found
+    assert rise.tolist() == [13.5] * 4
 
 
 def test_differences_of_variants_and_their_errors():
