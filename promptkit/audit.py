@@ -22,7 +22,7 @@ from promptkit.errors import InputError, unknown
 from promptkit.files import cache_folder, write_atomically
 from promptkit.grids import RECORDER, execute_all
 from promptkit.reproduce import environment, find_chapters, reproduce, select_chapters
-from promptkit.results import find_run, read_run, results_dir
+from promptkit.results import find_run, read_run, results_dir, run_files
 from promptkit.runs import Plan, Run, plan
 
 TOLERANCE = 2.0  # points that a run may be away, as another processor rounds otherwise
@@ -338,7 +338,7 @@ def compared(folder) -> list[Audit]:
     """
     old = evidence.load().set_index(["asked", "target", "split"])["value"].to_dict()
     found = []
-    for path in sorted(Path(folder).glob("*/*shot-seed*.json")):
+    for path in run_files(folder):
         record = read_run(path)
         config, key = record["config"], evidence.asked(record["config"])
         rows = {

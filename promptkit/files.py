@@ -58,10 +58,14 @@ def check_writable(folder, option: str) -> None:
 def write_atomically(path, write) -> Path:
     """Call `write(file)` on a temporary binary file beside `path`, then move it into
     place.
+
+    Raises:
+        OSError: that cannot be done; it names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    name = f".{path.stem[:40]}{path.suffix}-"  # a file's name has at most 255 bytes
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=name)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -70,8 +74,10 @@ def write_atomically(path, write) -> Path:
         # a temporary file is private, a result is not
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return path
 

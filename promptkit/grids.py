@@ -77,9 +77,7 @@ def grid(
     methods = [(m, {}) if isinstance(m, str) else m for m in _list(methods)]
     datasets = [_located(dataset) for dataset in _list(datasets)]
     options["targets"] = tuple(map(_located, options.get("targets", ())))
-    tested = [*datasets, *options["targets"]]
-    paths = [d for d in tested if isinstance(d, str) and os.path.isabs(d)]
-    options["labels"] = dict(zip(paths, own.names_of(paths), strict=True))
+    options["labels"] = own.labels([*datasets, *options["targets"]])
     plans = {}
     cells = itertools.product(datasets, _list(shots), methods, _list(seeds))
     for dataset, n, (method, theirs), seed in cells:

@@ -11,6 +11,7 @@ import json
 import linecache
 import platform
 import sys
+from dataclasses import replace
 from functools import cache
 from importlib import import_module, metadata
 
@@ -157,6 +158,12 @@ def of_texts(spec: str, hparams: dict, dataset) -> str:
                 taken.append([cls.name, name, take(dataset)])
         hparams = hparams.get("host") or {}
     return _hash(json.dumps(taken, sort_keys=True, default=str)) if taken else ""
+
+
+def reads_descriptions(spec: str, hparams: dict, dataset) -> bool:
+    """Whether a method takes what a dataset says of its classes."""
+    said = [replace(dataset, descriptions=d) for d in ({}, {"a class": ["a sentence"]})]
+    return len({of_texts(spec, hparams, each) for each in said}) > 1
 
 
 @cache

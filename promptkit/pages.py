@@ -133,13 +133,16 @@ def _pairs(runs):
     both.
     """
     known = set(label(runs))
-    plain = sorted(name for name in known if " | " not in name)
-    for plugin in (name for name in plain if name.endswith(")")):
+    plugins = sorted(name for name in known if " | " not in name and name[-1] == ")")
+    return [(host, name) for host, name in _hosts(plugins) if host in known]
+
+
+def _hosts(plugins):
+    """(label of the host at the plug-in's settings, plug-in) of each."""
+    for plugin in plugins:
         host, overrides = equal_host(plugin)
         options = options_of(overrides)
-        host = f"{host} | {options}" if options else host
-        if host in known:
-            yield host, plugin
+        yield f"{host} | {options}" if options else host, plugin
 
 
 def ranked() -> list[str]:
@@ -191,7 +194,7 @@ def leaderboard(folder="book", runs: pd.DataFrame | None = None) -> Path:
     names = {name: _shown(name) for name in whole["label"].unique()}
     missing = sorted(title(name) for name in ranked() if name not in names)
     with _drawing():
-        figure = base_new_plane(whole, list(_pairs(whole)), names)
+        figure = base_new_plane(whole, _pairs(whole), names)
         _save(figure, folder, "leaderboard")
     text = f"""# Leaderboard
 
@@ -201,9 +204,9 @@ and on new ones. Each method follows its own paper's recipe, as the one rule of
 {{py:func}}`promptkit.recipe.for_profile` puts it. Zero-shot CLIP uses each task's own
 template; the contexts of most methods start from "a photo of a", and KgCoOp, ProGrad
 and PromptSRC are drawn towards hand-written prompts, among them the task's own. A row
-marked * is a host trained by the recipe of the plug-in that extends it. One marked †
-reads sentences about the classes that it is tested on, new ones too; those of the mini
-world are true, and say of a class all that makes it one.
+marked * is a host trained by the recipe of the plug-in in brackets. One marked † reads
+sentences about the classes that it is tested on, new ones too; those of the mini world
+are true, and say of a class all that makes it one.
 
 ```{{figure}} _static/leaderboard.svg
 :alt: Each method as a point, base accuracy across, new accuracy up; lines of equal H.
@@ -547,6 +550,9 @@ def title(spec: str) -> str:
 
 
 def _ranking(summary) -> str:
+    recipes = {}  # whose a host follows
+    for host, plugin in _hosts(spec for spec in ranked() if parse(spec)[1]):
+        recipes.setdefault(host, []).append(methods()[parse(plugin)[0]].title)
     average = summary[
         (summary["dataset"] == "average") & summary["split"].isin(["base", "new", "hm"])
     ]
@@ -570,7 +576,9 @@ def _ranking(summary) -> str:
         shown = f"{value.iloc[0]:.2f}" if len(value) and not options else ""
         seeds = int(cells.loc["hm", "seeds"])
         texts.append(str(seeds) if seeds > 1 else "")  # zero-shot CLIP draws nothing
-        rows.append((cells.loc["hm", "mean"], [_shown(name), *texts, shown]))
+        whose = recipes.get(name, []) if options else []
+        row = _shown(name) + f" ({' and '.join(whose)})" * bool(whose)
+        rows.append((cells.loc["hm", "mean"], [row, *texts, shown]))
     rows.sort(key=lambda row: -row[0])
     lines = [
         "| method | base | new | harmonic mean | seeds | reported |",

@@ -398,7 +398,7 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
         axis.set_xlabel("accuracy on base classes (%)")
         axis.set_ylabel("accuracy on new classes (%)")
         axis.set_title(_panel_title("average", table))
-        _spread(texts, arrows)
+        spread_labels(texts, arrows)
     return figure
 
 
@@ -429,13 +429,13 @@ def cost_plane(runs: pd.DataFrame, names=None):
         axis.set_xlabel("seconds of a run, median over tasks and seeds")
         axis.set_ylabel("harmonic mean of base and new accuracy (%)")
         axis.set_title(_panel_title("average", table))
-        _spread(texts)
+        spread_labels(texts)
     return figure
 
 
 def _points(axis, points, names):
-    """A point a row, at its two columns; returns their labels, which _spread puts in
-    place.
+    """A point a row, at its two columns; returns their labels, which spread_labels puts
+    in place.
     """
     looks = zip(
         points.itertuples(), cycle(sns.color_palette("colorblind")), cycle(MARKERS)
@@ -452,10 +452,15 @@ def _points(axis, points, names):
     return texts
 
 
-def _spread(texts, lines=()):
+def spread_labels(texts, lines=()):
     """Put each label beside its point, or near to it at the end of a line, where it
     covers no point, none of the lines (pairs of ends) and nothing placed before it, and
-    its own line neither.
+    its own line neither. Call it last: where the axes change later, labels stay.
+
+    Args:
+        texts: annotations of one axis at their points, placed in points from them
+            (``textcoords="offset points"``).
+        lines: pairs of ends, in data coordinates.
     """
     figure, axis = texts[0].figure, texts[0].axes
     figure.draw_without_rendering()

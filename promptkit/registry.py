@@ -22,7 +22,7 @@ from torch import Tensor
 import promptkit.controls
 import promptkit.methods
 from promptkit.clip import FrozenCLIP, load_clip
-from promptkit.errors import InputError, unknown
+from promptkit.errors import InputError, expect, unknown
 from promptkit.method import REGISTRY, Method, digest, digest_of_header
 from promptkit.recipe import Host, Recipe, Setting, for_profile
 from promptkit.weights import read_checkpoint, state_dict
@@ -223,28 +223,71 @@ def from_official(
     Args:
         spec: as :func:`build` takes it; the hyperparameters of a nesting stand in one
             dict, and each part takes those that it knows.
-        hyperparameters: official names and values, such as ``{"N_CTX": 16}``.
+        hyperparameters: official names and values, such as ``{"N_CTX": 16}``. One that
+            is None is not given, but for initial words, which are then none. Names may
+            be in other capitals than the method's; PREC is ignored, as the backbone
+            has a precision already.
         objects: a teacher, for the part that takes one.
 
     Raises:
-        InputError: no part knows one of the names, or takes one of the objects.
+        InputError: no part knows one of the names, or takes one of the objects; or a
+            class-specific context, or a place of the class name but the end, is asked
+            of what has neither.
     """
     parts = nesting(spec) if parse(spec)[1] else [_known()[parse(spec)[0]]]
-    known = {name for cls in parts for name in cls.official_hyperparameters}
-    for name in hyperparameters:
-        if name not in known:
-            raise unknown(f"official hyperparameter of {spec}", name, known)
+    options = _by_part(spec, parts, hyperparameters)
     for name in objects:
         if not any(name in cls.objects() for cls in parts):
             raise InputError(f"{spec} takes no {name}: leave it out")
     method = None
-    for cls in reversed(parts):
-        own = cls.official_hyperparameters
-        mine = {key: value for key, value in hyperparameters.items() if key in own}
+    for cls, mine in zip(parts[::-1], options[::-1], strict=True):
         host = {} if method is None else {"host": method}
         taken = {key: objects[key] for key in objects if key in cls.objects()}
         method = cls.from_official(clip, classnames, mine, **host, **taken)
     return method
+
+
+# Official options that say nothing where a method lacks them, and the one value of each
+# that then fits.
+_FIXED = {
+    "csc": False,
+    "class_specific_context": False,
+    "class_token_position": "end",
+}
+
+
+def _by_part(spec, parts, hyperparameters):
+    """What each part takes of official hyperparameters, by the names that it has."""
+    known = {name for cls in parts for name in cls.official_hyperparameters}
+    options = [{} for _ in parts]
+    for name, value in hyperparameters.items():
+        lower = name.lower()
+        spelt = [_spelt(cls, name, exactly=name in known) for cls in parts]
+        if not any(spelt) and lower != "prec" and lower not in _FIXED:
+            raise unknown(f"official hyperparameter of {spec}", name, known)
+        if value is None and not lower.startswith("ctx_init"):
+            continue
+        if not any(spelt) and lower in _FIXED:
+            only = _FIXED[lower]
+            expect(value == only, name, value, f"{only!r}, as {spec} has no other")
+        for mine, own in zip(options, spelt, strict=True):
+            if own == name:
+                mine[own] = value
+            elif own:
+                mine.setdefault(own, value)
+    return options
+
+
+def _spelt(cls, name, exactly):
+    """How a method writes an official name, in other capitals if it may; None if it
+    has none, or several that differ in meaning.
+    """
+    names = cls.official_hyperparameters
+    if exactly:
+        return name if name in names else None
+    alike = [own for own in names if own.lower() == name.lower()]
+    meant = {names[own] or own for own in alike}
+    return alike[0] if len(meant) == 1 else None
 
 
 # --- saved methods --------------------------------------------------------------------

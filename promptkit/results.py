@@ -109,8 +109,9 @@ def write_text(path, text: str) -> Path:
 
 def run_path(config: dict, root=None) -> Path:
     """The file of a run with this configuration."""
-    name = "{method}-{dataset}-{shots}shot-seed{seed}".format(**config)
-    name = re.sub(r"[^\w.+-]+", "_", name).strip("_")
+    name = re.sub(r"[^\w.+-]+", "_", "{method}-{dataset}".format(**config)).lstrip("_")
+    name = name.encode()[:180].decode(errors="ignore")  # a file's has at most 255 bytes
+    name += "-{shots}shot-seed{seed}".format(**config)
     return results_dir(root) / config["protocol"] / f"{name}-{config_hash(config)}.json"
 
 
@@ -120,7 +121,8 @@ def save_run(record: dict, root=None) -> Path:
     Args:
         record: ``config`` (everything that its hash is made of), ``rows`` (a dict a
             measured number: target, split, metric, value), and what is worth knowing
-            beside them: versions, device, seconds, losses.
+            beside them: versions, device, seconds, losses, and as ``given`` the
+            sentences about the classes that were given in place of the dataset's own.
         root: results folder, see :func:`results_dir`.
     """
     record = {"format": 1, "hash": config_hash(record["config"]), **record}
@@ -177,6 +179,7 @@ def _check_record(record):
     kinds = {name: str for name in ("method", "dataset", "profile", "model")}
     kinds |= {"shots": whole, "seed": whole}
     parts = [(config, kinds), (record, {"created": str, "versions": dict})]
+    parts += [({"given": "", **record}, {"given": str})]
     parts += [(record, {"seconds": int | float, "device": str})]
     for part, kinds in parts:
         for name, kind in kinds.items():
@@ -229,8 +232,9 @@ def run_rows(record: dict) -> pd.DataFrame:
             "model",
         )
     }
+    options = options_of(config.get("overrides", {})), record.get("given")
     shared |= {
-        "options": options_of(config.get("overrides", {})),
+        "options": ", ".join(filter(None, options)),
         "precision": config.get("clip", {}).get("precision", "fp32"),
         "parameters": record.get("parameters"),
         "memory": record.get("memory"),
@@ -257,8 +261,15 @@ def load_results(root=None, **filters) -> pd.DataFrame:
     Raises:
         InputError: a file is damaged; the text names it.
     """
-    paths = sorted(results_dir(root).glob("*/*shot-seed*.json"))
-    return newest([run_rows(read_run(path)) for path in paths]).pipe(_filtered, filters)
+    records = map(read_run, run_files(results_dir(root)))
+    return newest(map(run_rows, records)).pipe(_filtered, filters)
+
+
+def run_files(folder) -> list[Path]:
+    """The files of the runs in a results folder, without hidden ones such as a file
+    manager leaves beside them.
+    """
+    return sorted(Path(folder).glob("*/[!.]*shot-seed*.json"))
 
 
 def newest(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
@@ -315,7 +326,8 @@ def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
     are averaged over the datasets first and "hm" is the harmonic mean of the two
     averages (``hm_of_tasks`` is the mean of the datasets' harmonic means, which a few
     papers report in its place). Averages of cross-dataset and domain-generalization
-    leave the source out. Intervals are over seeds, for an average over datasets as
+    leave the source out, and of data whose content changed all averages take the newest
+    alone. Intervals are over seeds, for an average over datasets as
     :mod:`promptkit.intervals` says.
 
     Returns:
@@ -339,28 +351,39 @@ def summarise(runs: pd.DataFrame, level=0.95, average=True) -> pd.DataFrame:
     out = []
     for group, rows in runs.groupby(keys, sort=False, dropna=False):
         head = dict(zip(keys, group, strict=True))
-        cells = rows.pivot_table(
-            index="seed", columns=["dataset", "target", "split"], values="value"
-        )
+        cells = _by_seed(rows)
         for dataset, target in dict.fromkeys((d, t) for d, t, _ in cells.columns):
             cell = cells[dataset][target]
             out += [
                 head | {"dataset": dataset, "target": target, "datasets": 1} | row
                 for row in _cells(cell, level)
             ]
-        if average:
+        if average and rows["latest"].any():
+            cells = _by_seed(rows[rows["latest"]])
             for dataset, row in _average(cells, head["protocol"], level):
                 out.append(head | {"dataset": dataset, "target": "average"} | row)
     return pd.DataFrame(out, columns=columns)
 
 
+def _by_seed(rows):
+    """Values with a row a seed and a column a (dataset, target, split)."""
+    return rows.pivot_table(
+        index="seed", columns=["dataset", "target", "split"], values="value"
+    )
+
+
 def _told_apart(runs):
     """Data of one name whose contents differ, such as a folder before and after its
-    labels were corrected, get a part of their digest behind the name.
+    labels were corrected, get a part of their digest behind the name; the column
+    ``latest`` says of each row whether its data are those that were measured last.
     """
+    runs = runs.reset_index(drop=True)
     runs = runs.assign(
         precision=runs.get("precision", "fp32"), data=runs.get("data", "")
     )
+    in_time = runs.sort_values("created", kind="stable") if "created" in runs else runs
+    last = in_time.groupby(["protocol", "dataset", "target"])["data"].transform("last")
+    runs = runs.assign(latest=runs["data"].eq(last))
     for column in ("dataset", "target"):
         contents = runs.groupby(["protocol", "dataset", "target"])["data"]
         several = contents.transform("nunique") > 1
@@ -544,6 +567,15 @@ def differences(
     return (pairs["value_a"] - pairs["value_b"]).rename(f"{a} - {b}")
 
 
+def over_shots(runs: pd.DataFrame, a: str, b: str, shots: Iterable[int]) -> pd.Series:
+    """Paired differences ``a - b`` of few-shot runs, averaged over these numbers of
+    shots: one a task and seed. See :func:`differences`.
+    """
+    wanted = runs[runs["shots"].isin([0, *shots])]  # 0: a method that needs none
+    found = differences(wanted, a, b, "all", average=True)
+    return found.groupby(["dataset", "seed"]).mean().rename(f"{a} - {b}")
+
+
 def label(runs: pd.DataFrame) -> pd.Series:
     """What tables and figures call a row's method: its name, and the options that were
     given to it if any.
@@ -647,7 +679,8 @@ class Claim:
             return f"{_counted(self.n, self.of)} cannot decide it"
         if self.needed is None:
             return f"{MOST_SEEDS:,} {self.of} would not decide it"
-        return f"about {_counted(self.needed, self.of)} would decide it"
+        of = self.of.split(" on each")[0]  # "seeds on each of 11 tasks"
+        return f"about {_counted(self.needed, of)} would decide it"
 
     def __str__(self):
         more = f"; {self.would_decide()}" if self.would_decide() else ""
@@ -813,7 +846,7 @@ def load_claims(root=None) -> dict[str, list[Claim]]:
         InputError: a file is damaged; the text names it.
     """
     claims = {}
-    for path in sorted((results_dir(root) / "claims").glob("*.json")):
+    for path in sorted((results_dir(root) / "claims").glob("[!.]*.json")):
         try:
             claims[path.stem] = [
                 Claim(**row) for row in json.loads(path.read_text(encoding="utf-8"))

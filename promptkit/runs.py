@@ -8,13 +8,14 @@ nothing is chosen by them.
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ import torch
 
 from promptkit import costs, data, hyperparameters, identity, probe, registry, train
 from promptkit.clip import FrozenCLIP, load_clip
+from promptkit.data import own
 from promptkit.errors import InputError, unknown
 from promptkit.method import Method
 from promptkit.recipe import TRANSFER, Recipe, Setting
@@ -107,6 +109,7 @@ class Plan:
     recipe: Recipe
     objects: dict  # name -> a FrozenCLIP, or the Plan of a method to be trained before
     config: dict
+    given: str = ""  # which sentences it learns from in place of the datasets' own
 
     def training_set(self):
         """What it is trained on: the drawn few shots, of the base classes in
@@ -298,6 +301,8 @@ def plan(run: Run) -> Plan:
     source = _dataset(run.dataset, run)
     targets = _targets(run, source)
     run, recipe = _resolve(run, source)
+    if run.protocol == "base-to-new":
+        _check_sides(source)
     clip = run.clip
     if not isinstance(clip, FrozenCLIP):
         clip = _clip(
@@ -340,7 +345,34 @@ def plan(run: Run) -> Plan:
     if run.profile == "full":
         _say_what_was_published(run, parts, clip)
     config = json.loads(json.dumps(config, default=str))
-    return Plan(run, clip, source, targets, recipe, objects, config)
+    found = Plan(run, clip, source, targets, recipe, objects, config)
+    told = dict.fromkeys(d.described for d in tested if d.described)
+    if told and reads_descriptions(found):
+        found.given = ", ".join(f"descriptions={name}" for name in told)
+    return found
+
+
+def reads_descriptions(plan: Plan) -> bool:
+    """Whether what is said of the classes matters to a run, or to its teachers."""
+    teachers = [thing for thing in plan.objects.values() if isinstance(thing, Plan)]
+    if plan.run.method == PROBE:
+        return False
+    reads = identity.reads_descriptions(
+        plan.run.method, plan.recipe.hparams, plan.source
+    )
+    return reads or any(map(reads_descriptions, teachers))
+
+
+def _check_sides(dataset):
+    """InputError unless base and new classes are several each, with test images."""
+    tested = dataset.test.labels.unique()
+    half = math.ceil(len(dataset.classnames) / 2)
+    if min((tested < half).sum(), (tested >= half).sum()) < 2:
+        raise InputError(
+            "base-to-new needs test images of at least 2 classes on each side, the base"
+            f" and the new ones, and {dataset.name!r} has {len(tested)} such classes in"
+            " all"
+        )
 
 
 def _targets(run, source):
@@ -433,6 +465,11 @@ def _objects(run, recipe, clip):
             raise InputError(
                 f"{name} of {run.method} is written METHOD@MODEL, such as"
                 f" 'promptsrc@mini-teacher', not {text!r}"
+            )
+        if spec and any(cls.by_target for cls in nesting(spec)):
+            raise InputError(
+                f"{name} of {run.method} cannot be {spec}, which is a student itself:"
+                f" give {name}='METHOD@MODEL', such as 'promptsrc@mini-teacher'"
             )
         other = _clip(model, weights, run.device, run.precision)
         if not spec:
@@ -560,6 +597,11 @@ def execute(
         progress: show a bar while training.
         save: file for the trained method, see ``Method.save``; the run is then made in
             any case.
+
+    Raises:
+        InputError: the run is not possible.
+        OSError: what it measured or trained cannot be written; the text has the
+            numbers, or says that they are stored.
     """
     planned = run if isinstance(run, Plan) else plan(run)
     stored = None
@@ -593,8 +635,6 @@ def execute(
             rows += measure(method, part.source, targets, protocol, **options)
             history.losses += own.losses
             history.seconds += own.seconds
-        if save:
-            method.save(save)
         learned = method.n_parameters
     record = _record(
         planned.config,
@@ -604,10 +644,29 @@ def execute(
         learned,
         memory=_mebibytes(_peak_memory(device)),
         training={"seconds": round(history.seconds, 3), "losses": history.losses},
+        **({"given": planned.given} if planned.given else {}),
     )
     if results is not False:
-        save_run(record, results)
+        with _writing(f"the run could not be stored, and measured {_measured(rows)}"):
+            save_run(record, results)
+    if save:
+        stored = "the run is stored, but " * (results is not False)
+        with _writing(f"{stored}{save} could not be written"):
+            method.save(save)
     return run_rows(record)
+
+
+@contextlib.contextmanager
+def _writing(otherwise):
+    """Say what is lost where something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{otherwise}: {error}") from error
+
+
+def _measured(rows):
+    return ", ".join(f"{r['target']} ({r['split']}) {r['value']:.2f} %" for r in rows)
 
 
 def _forget_features(plan):
@@ -639,17 +698,16 @@ def _trained(plan, results, progress, force):
             name = f"{config_hash(plan.config)}.pt"
             checkpoint = results_dir(results) / "checkpoints" / name
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    if shared and shared.exists() and not force:
-        try:
-            method = load_method(shared, plan.clip)
-            method.aim(plan.source)
-            known = json.loads(shared.with_suffix(".json").read_text())
-            return method, targets, History(**known)
-        except (InputError, OSError, ValueError, TypeError) as error:
-            warnings.warn(
-                f"cannot use {shared} ({error}): training again", stacklevel=3
-            )
-    method = plan.build(dataset, **_trained_objects(plan, results, progress))
+
+    def read():
+        method = load_method(shared, plan.clip)
+        method.aim(plan.source)
+        known = json.loads(shared.with_suffix(".json").read_text())
+        return method, targets, History(**known)
+
+    if (found := _if_stored(shared, read, force)) is not None:
+        return found
+    method = plan.build(dataset, **_trained_objects(plan, results, progress, force))
     options = {"checkpoint": checkpoint, "max_steps": run.max_steps}
     history = fit(method, dataset, plan.recipe, run.seed, progress=progress, **options)
     if shared and method.n_parameters:
@@ -658,6 +716,19 @@ def _trained(plan, results, progress, force):
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return method, targets, history
+
+
+def _if_stored(path, read, force):
+    """What is read from a file of a trained method, or None: there is none that can be
+    used, or it is not to be.
+    """
+    if path is None or force or not path.exists():
+        return None
+    try:
+        return read()
+    except (InputError, OSError, ValueError, TypeError) as error:
+        warnings.warn(f"cannot use {path} ({error}): training again", stacklevel=4)
+        return None
 
 
 def _served(plan, dataset, others):
@@ -693,7 +764,7 @@ def _shared_file(plan, results):
     return results_dir(results) / "trained" / f"{config_hash(same)}.safetensors"
 
 
-def _trained_objects(plan, results, progress):
+def _trained_objects(plan, results, progress, force=False):
     """A method's teachers, trained once a task and stored by their configuration."""
     out = {}
     for name, thing in plan.objects.items():
@@ -704,12 +775,11 @@ def _trained_objects(plan, results, progress):
         if results is not False:
             file = f"{config_hash(thing.config)}.safetensors"
             path = results_dir(results) / "trained" / file
-        if path and path.exists():
-            out[name] = load_method(path, thing.clip)
-            continue
-        made, _, _ = _trained(thing, results, progress, False)
-        if path:
-            made.save(path)
+        made = _if_stored(path, partial(load_method, path, thing.clip), force)
+        if made is None:
+            made, _, _ = _trained(thing, results, progress, force)
+            if path:
+                made.save(path)
         out[name] = made
     return out
 
@@ -792,11 +862,16 @@ def evaluate(
     else:
         trained = checkpoint
     tables = []
-    for dataset in datasets if isinstance(datasets, list | tuple) else [datasets]:
+    datasets = datasets if isinstance(datasets, list | tuple) else [datasets]
+    labels = own.labels(datasets)
+    for dataset in datasets:
         if isinstance(dataset, str):
             given = dict(root=root, classnames=classnames, descriptions=descriptions)
             given = {key: value for key, value in given.items() if value is not None}
-            dataset = data.load_dataset(dataset, **given)
+            loaded = data.load_dataset(dataset, **given)
+            dataset = replace(loaded, name=labels.get(dataset, loaded.name))
+        if protocol == "base-to-new":
+            _check_sides(dataset)
         if method is not None:
             first = data.base_new(dataset)[0] if protocol == "base-to-new" else dataset
             trained = registry.load_official(

@@ -67,6 +67,18 @@ def test_case_07_good_images_are_classified_and_bad_ones_named(photos):
     assert out.count("%") == 6 and "cut.png" in said and "cut.png" not in out
 
 
+def test_case_07_files_of_a_folder_that_are_not_tried_are_named(photos):
+    (photos / "a.png").rename(photos / "a.heic")
+    words = ("predict", "--classes", "cat,dog", "--json")
+    out, err = promptkit(*words, photos, code=1)
+    assert "1 files (.heic) are no images that can be read: name them" in err
+    assert "a.heic" not in out
+    (photos / "only").mkdir()
+    (photos / "a.heic").rename(photos / "only" / "a.heic")
+    _, err = promptkit(*words, photos / "only", code=2)
+    assert "holds no images; 1 files (.heic) are no images" in err
+
+
 def test_case_07_other_mixtures(photos):
     good, bad = photos / "a.png", photos / "text.png"
     words = ("--classes", "heron,fox", "--json")
@@ -144,7 +156,7 @@ def test_case_04_files_of_names_reach_the_dataset(world, monkeypatch):  # noqa: 
     (world / "names.txt").write_text("a\nb\n")
     (world / "said.json").write_text("{}")
     files = ("--classnames", "names.txt", "--descriptions", "said.json")
-    promptkit("run", "clip", "--data", "pets", *files)
+    promptkit("run", "waffleclip", "--data", "pets", "--profile", "smoke", *files)
     naming = {"classnames": "names.txt", "descriptions": "said.json"}
     assert ("pets", naming) in asked
 

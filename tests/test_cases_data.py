@@ -474,6 +474,71 @@ def test_case_03_what_is_left_out_is_said():
     assert "labels.csv in data is not read; to use it, give its own path" in texts
 
 
+def said_of(path):
+    """(the dataset at a path, what was warned of)."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dataset = data.load_dataset(path)
+        assert dataset.identity
+    return dataset, "\n".join(str(warning.message) for warning in said)
+
+
+def test_pictures_of_other_forms_are_named():
+    classes("data")
+    junk("data/fox/x.heic", "data/heron/y.avif", "data/fox/notes.txt")
+    image("data/fox/0.bmp").rename("data/fox/0.jfif")
+    dataset, said = said_of("./data")
+    assert sum(dataset.test.labels == 0) == 2 and len(dataset.train) == 4
+    assert "2 files (.avif, .heic) are no images that can be read, such as x" in said
+    junk("data/otter/x.heic")
+    message = r"otter holds no images: fill or remove it; 1 files \(.heic\) are no"
+    with pytest.raises(InputError, match=message):
+        data.load_dataset("./data")
+
+
+def test_links_below_a_class_are_followed_once():
+    classes("data")
+    classes("else", ("more",), start=200)
+    for at, to in (("data/fox/more", "else/more"), ("data/fox/more/up", "data/fox")):
+        Path(at).symlink_to(Path(to).resolve())
+    found = scan(Path("data"))
+    assert len(found["fox"]) == 10 and "fox/more/0.bmp" in found["fox"]
+
+
+def test_a_class_that_is_not_tested_is_named():
+    lines = [
+        f"data/{c}/{n}.bmp,{c},{'test' if n > 2 and c != 'fox' else 'train'}"
+        for c in ("fox", "heron", "otter")
+        for n in range(5)
+    ]
+    classes("data", ("fox", "heron", "otter"))
+    Path("list.csv").write_text("\n".join(["path,label,split", *lines]))
+    _, said = said_of("list.csv")
+    assert "the class 'fox' has no test images, so nothing is measured on it" in said
+
+
+def test_copies_of_pictures_are_named_once():
+    for part, start in (("train", 0), ("val", 10), ("test", 20)):
+        classes(f"data/{part}", start=start)
+    image("data/test/fox/a.bmp", 3)
+    image("data/val/heron/b.bmp", 10)
+    _, said = said_of("./data")
+    assert "1 test images are training images too, such as test/fox/a.bmp" in said
+    assert "1 images stand in a second class too, such as val/heron/b.bmp" in said
+    assert said_of("./data")[1] == ""
+
+
+def test_classes_with_one_training_image_are_left_undivided():
+    classes("data/train", each=1)
+    classes("data/test", start=100)
+    dataset, said = said_of("./data")
+    assert dataset.train.labels.tolist() == [0, 1] and len(dataset.val) == 0
+    classes("data/train", ("fox",), start=20)
+    dataset, said = said_of("./data")
+    assert dataset.train.labels.tolist() == [0, 0, 0, 0, 1] and len(dataset.val) == 1
+    assert "for validation (none of 'heron', with fewer than 3), with seed 1" in said
+
+
 REFUSED = {  # what is written below data/, and what is said
     "nothing": (lambda _: Path("data").mkdir(), "data holds no class folders"),
     "images alone": (lambda _: image("data/1.bmp"), "holds 1 images, all of one class"),

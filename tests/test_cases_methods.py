@@ -4,6 +4,7 @@ sentence. What they lead to is derived here a second time, from those rules.
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import open_clip
@@ -23,7 +24,7 @@ from promptkit.methods.tpt import TPT
 from promptkit.methods.waffleclip import READ_BY, WaffleCLIP
 from promptkit.published import PROTOCOLS
 from promptkit.recipe import Recipe, Setting
-from promptkit.registry import build, load_method, methods, recipe
+from promptkit.registry import build, from_official, load_method, methods, recipe
 from promptkit.testing import NAMES, toy_dataset
 from promptkit.views import OPERATIONS, image_views
 
@@ -368,6 +369,67 @@ def test_official_options_load_as_the_official_code_does(tiny_clip):
                 cls.from_official(tiny_clip, NAMES, {"N_CTZ": 1})
     with pytest.raises(InputError, match="hyperparameter of tpt 'tta_step'.*tta_steps"):
         TPT.from_official(tiny_clip, NAMES, {"tta_step": 1})
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("coop", "N_CTX CSC CLASS_TOKEN_POSITION PREC"),
+        ("textrefiner(coop)", "BALANCE ALPHA MEMORY_SIZE MOMENTUM TOPK DISTILL"),
+        ("promptsrc", "n_ctx_text gpa_mean gpa_std max_epoch text_loss_weight loss"),
+        ("mma", "text_template text_ctx adapter_dim adapter_scale adapter_end"),
+        ("pomp", "class_token_position K EPT local_correction"),
+        ("caspl(coop)", "kd_weight temperature n_boost_text n_boost_vision"),
+        ("argue", "reg_weight neg_weight noise correction_w finetune_visual_ln"),
+        ("kapt", "n_ctx bottleneck heads head"),
+        ("awt", "n_views sinkhorn_eps learnable_scale visual image_temperature"),
+        ("logoprompt", "K bounded place class_specific_context"),
+        ("waffleclip", "mode aggregate waffle_count label_after_text"),
+        ("atprompt(coop)", "one_token attributes n_att"),
+    ],
+)
+def test_an_official_option_that_is_none_is_not_given(spec, options, tiny_clip):
+    empty = from_official(spec, tiny_clip, NAMES, dict.fromkeys(options.split()))
+    assert empty.hparams == from_official(spec, tiny_clip, NAMES, {}).hparams
+
+
+def test_initial_words_that_are_none_are_none(tiny_clip):
+    words = {"CTX_INIT": None}
+    assert from_official("kgcoop", tiny_clip, NAMES, words).hparams["init"] == ""
+    assert from_official("prograd", tiny_clip, NAMES, words).hparams["words"] is False
+    with pytest.raises(InputError, match="has no '#'"):
+        from_official("apex", tiny_clip, NAMES, {"ctx_init": None})
+
+
+def test_official_names_in_other_capitals(tiny_clip):
+    make = partial(from_official, clip=tiny_clip, classnames=NAMES)
+    prompts = {"N_CTX_TEXT": 3, "N_CTX_VISION": 2, "PROMPT_DEPTH_TEXT": 2}
+    for spec in ("ivlp", "promptsrc"):
+        method = make(spec, hyperparameters=prompts | {"CTX_INIT": "a photo of a"})
+        assert method.hparams["n_ctx"] == 3 and method.hparams["n_ctx_vision"] == 2
+        assert method.hparams["depth"] == 2 and method.hparams["init"] == "a photo of a"
+    assert make("mma", hyperparameters={"ADAPTER_START": 2}).hparams["start"] == 2
+    with pytest.raises(InputError, match="unknown official hyperparameter.*'N_CTZ'"):
+        make("coop", hyperparameters={"N_CTZ": None})
+
+
+def test_official_options_that_say_nothing_are_ignored(tiny_clip):
+    for spec in ("kgcoop", "prograd", "promptsrc", "ivlp", "clip", "dept(cocoop)"):
+        from_official(spec, tiny_clip, NAMES, {"PREC": "fp16"})
+    plain = {"CSC": False, "CLASS_TOKEN_POSITION": "end", "N_CTX": 2}
+    for spec in ("cocoop", "dept(cocoop)"):
+        from_official(spec, tiny_clip, NAMES, plain)
+        for other in ({"CSC": True}, {"CLASS_TOKEN_POSITION": "front"}):
+            with pytest.raises(InputError, match=f"{[*other][0]} must be .*{spec[:4]}"):
+                from_official(spec, tiny_clip, NAMES, plain | other)
+
+
+def test_an_official_dataset_stands_for_clip_s_template(tiny_clip):
+    named = {"dataset": "OxfordPets"}
+    method = from_official("clip", tiny_clip, NAMES, named | {"template": None})
+    assert method.templates == ["a photo of a {}, a type of pet."]
+    own = from_official("clip", tiny_clip, NAMES, named | {"template": "{}."})
+    assert own.templates == ["{}."]
 
 
 def test_ivlp_in_one_tower(tiny_clip):

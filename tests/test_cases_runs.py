@@ -3,22 +3,25 @@
 import copy
 import inspect
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import test_cases_data as made
 import torch
-from test_cases_doors import RUN, ask, listing, refused, room  # noqa: F401
+from test_cases_doors import LOAD_DATASET, RUN, ask, listing, refused, room  # noqa: F401
 from test_cli import world  # noqa: F401
 from test_protocols import NAMES, tiny, toy
 
 from promptkit import clip as clip_module
 from promptkit import data, identity, registry, runs
 from promptkit.clip import FrozenCLIP
-from promptkit.method import Batch
+from promptkit.method import Batch, Method
 from promptkit.prompts import Prompt
 from promptkit.registry import build, load_method
+from promptkit.results import label as label_of
+from promptkit.results import load_results
 from promptkit.runs import Run, execute
 from promptkit.weights import read_checkpoint
 
@@ -242,3 +245,122 @@ def test_case_28_targets_that_fit_give_their_rows(room, monkeypatch):  # noqa: F
     with pytest.raises(ValueError, match="class"):
         execute(replace(run, seed=2), progress=False)
     assert not [path for path in listing(room) if "tmp" in path.split("/")[-1]]
+
+
+FOUR = ("fox", "heron", "otter", "wolf")
+
+
+def sentences(path, *texts):
+    said = {name: [f"{text} {name}" for text in texts] for name in FOUR}
+    Path(path).write_text(json.dumps(said))
+
+
+def test_runs_on_other_sentences_are_told_apart(room):  # noqa: F811
+    made.classes("photos", FOUR, each=8)
+    words = ("run", "protext", "--data", "./photos", "--profile", "smoke")
+    words += ("--max-steps", "1", "--descriptions", "a.json")
+    for text in ("a red", "a grey"):
+        sentences("a.json", text)
+        rows(*words)
+    rows(*words, "--seed", "2")
+    found = load_results(room / "results")
+    one, two = sorted(set(found["options"]))
+    assert one.startswith("max_steps=1, descriptions=a.json#") and one[:-6] == two[:-6]
+    assert sorted(found["options"].value_counts()) == [1, 2]
+    assert {label.partition(" | ")[2] for label in label_of(found)} == {one, two}
+
+
+def test_the_datasets_own_sentences_are_no_option():
+    mini = LOAD_DATASET("pets")
+    assert mini.described == "" and replace(mini, described="x").identity
+    same = LOAD_DATASET("pets", descriptions=dict(mini.descriptions))
+    assert same.described == ""
+    other = {name: ["a thing"] for name in mini.classnames}
+    told = LOAD_DATASET("pets", descriptions=other)
+    plan = runs.plan(Run("few-shot", "kapt", told, clip=tiny(), profile="smoke"))
+    assert plan.given == f"descriptions={told.described}"
+    assert "given#" in plan.given and "given" not in plan.config
+    assert not runs.plan(Run("few-shot", "coop", told, clip=tiny())).given
+
+
+def test_sentences_that_nothing_reads_are_refused(room):  # noqa: F811
+    made.classes("photos", FOUR, each=8)
+    sentences("a.json", "a red")
+    words = ("run", "coop", "--data", "./photos", "--descriptions", "a.json")
+    refused(room, words, "coop takes no sentences .* --descriptions has no effect")
+
+
+@pytest.mark.parametrize("names", [FOUR[:2], FOUR[:3]])
+def test_both_sides_of_base_to_new_have_classes(room, names):  # noqa: F811
+    made.classes("photos", names, each=8)
+    message = f"2 classes on each side.* 'photos' has {len(names)} such classes"
+    words = ("run", "clip", "--data", "./photos", "--protocol", "base-to-new")
+    refused(room, words, message)
+    build("clip", tiny(), names).save("clip.safetensors")
+    words = ("evaluate", "clip.safetensors", "--data", "./photos", *words[-2:])
+    refused(room, words, message)
+
+
+def test_a_side_that_is_not_tested_is_refused(room):  # noqa: F811
+    for part, names in (("train", FOUR), ("val", FOUR), ("test", FOUR[:3])):
+        made.classes(f"photos/{part}", names, start=len(part))
+    words = ("run", "clip", "--data", "./photos", "--protocol", "base-to-new")
+    refused(room, words, "'photos' has 3 such classes")
+
+
+def test_what_was_measured_outlives_a_method_that_cannot_be_written(
+    room,  # noqa: F811
+    monkeypatch,
+):
+    def full(*_):
+        raise OSError(28, "No space left on device", "x.json")
+
+    monkeypatch.setattr(Method, "save", full)
+    words = ("run", "coop", "--data", "pets", *QUICK, "--profile", "smoke")
+    done = rows(*words, "--save", "a.safetensors", code=1)
+    assert "the run is stored, but a.safetensors could not be written" in done.stderr
+    assert "No space left" in done.stderr and len(records(room)) == 1
+    monkeypatch.setattr(runs, "save_run", full)
+    run = Run("few-shot", "clip", toy("pets"), clip=tiny(), profile="smoke")
+    with pytest.raises(OSError, match=r"measured pets \(all\) \d+.*No space left"):
+        execute(run, room / "results")
+
+
+@pytest.mark.parametrize("name", ["few-shot", "trained", "checkpoints"])
+def test_folders_of_results_are_looked_at_before_training(room, name):  # noqa: F811
+    Path("out").mkdir()
+    Path("out", name).write_text("mine")
+    words = ("run", "coop", "--data", "pets", "--results", "out")
+    refused(room, words, f"--results: out/{name} cannot be written")
+
+
+def test_a_damaged_teacher_is_trained_again(room):  # noqa: F811
+    overrides = {"teacher": "coop@mini"}
+    run = Run("few-shot", "promptkd", toy("pets"), clip=tiny(), profile="smoke",
+              max_steps=1, shots=1, overrides=overrides)  # fmt: skip
+    first = execute(run, room / "results", progress=False)
+    (path,) = room.glob("results/trained/*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="cannot use .*: training again"):
+        again = execute(replace(run, seed=2), room / "results", progress=False)
+    assert len(first) == len(again) == 1 and path.read_bytes() == whole
+    path.write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        execute(run, room / "results", force=True, progress=False)
+    assert path.read_bytes() == whole
+
+
+def test_a_student_teaches_nobody(room):  # noqa: F811
+    words = ("run", "promptkd", "--data", "pets", "--set", "teacher=promptkd@mini")
+    refused(room, words, "teacher of promptkd cannot be promptkd, which is a student")
+
+
+def test_an_evaluation_tells_two_folders_of_one_name_apart(room):  # noqa: F811
+    for n, place in enumerate("ab"):
+        made.classes(f"{place}/photos", each=8, start=90 * n)
+    build("clip", tiny(), ["fox", "heron"]).save("clip.safetensors")
+    words = ("evaluate", "clip.safetensors", "--data", "a/photos,b/photos", "--json")
+    found = json.loads(rows(*words).stdout)
+    assert [row["dataset"] for row in found] == ["a_photos", "b_photos"]

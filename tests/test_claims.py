@@ -62,6 +62,8 @@ def test_claims_that_no_number_of_seeds_decides():
     assert alone.needed is None and alone.would_decide() == "1 seed cannot decide it"
     level = check_claim("x", [-1.0, 1.0], of="seeds")
     assert level.would_decide() == f"{MOST_SEEDS:,} seeds would not decide it"
+    by_task = check_claim("x", [-1.0, 2.0], of="seeds on each of 11 tasks")
+    assert by_task.would_decide() == f"about {by_task.needed} seeds would decide it"
 
 
 def test_values_are_called_what_they_are():

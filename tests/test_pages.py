@@ -67,7 +67,7 @@ def test_leaderboard(tmp_path, monkeypatch):
     assert order[0] == "KgCoOp" and set(order) == {
         "Zero-shot CLIP",
         "CoOp",
-        "CoOp*",
+        "CoOp* (DePT)",
         "KgCoOp",
         "DePT + CoOp",
     }

@@ -13,6 +13,7 @@ from scipy import stats
 
 from promptkit import results
 from promptkit.errors import InputError
+from promptkit.files import write_atomically
 from promptkit.results import (
     Claim,
     check_claim,
@@ -27,6 +28,7 @@ from promptkit.results import (
     load_results,
     newest,
     options_of,
+    over_shots,
     paper_numbers,
     read_run,
     run_path,
@@ -186,6 +188,38 @@ def test_newest_of_the_same_measurement_counts(tmp_path):
     ].value.tolist() == [90]
 
 
+def test_runs_on_other_sentences_are_other_measurements(tmp_path):
+    said = {1: "birds.json#1f3c5a", 2: "birds.json#aa00aa"}
+    for code, name in said.items():
+        run = base_new(80 + code, 60, code=code, overrides={"n_ctx": 4})
+        save_run(run | {"given": f"descriptions={name}"}, tmp_path)
+    save_run(base_new(80, 60, seed=2, code=3), tmp_path)
+    found = load_results(tmp_path, split="base").set_index("options")["value"]
+    assert found.to_dict() == {
+        "": 80,
+        "n_ctx=4, descriptions=birds.json#1f3c5a": 81,
+        "n_ctx=4, descriptions=birds.json#aa00aa": 82,
+    }
+
+
+def test_names_of_any_length_are_names_of_files(tmp_path):
+    for dataset in ("n" * 250, "鳥" * 80):
+        path = save_run(base_new(80, 60, dataset=dataset), tmp_path)
+        assert read_run(path)["config"]["dataset"] == dataset
+    assert len(load_results(tmp_path)["dataset"].unique()) == 2
+    longest = tmp_path / ("s" * 243 + ".safetensors")
+    assert write_atomically(longest, lambda file: file.write(b"1")).exists()
+    with pytest.raises(OSError, match="File name too long: '.*safetensorss'"):
+        write_atomically(f"{longest}s", lambda file: file.write(b"1"))
+
+
+def test_hidden_files_are_no_runs(tmp_path):
+    path = save_run(base_new(80, 60), tmp_path)
+    path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    (save_claims("01_clip", [], tmp_path).parent / "._01_clip.json").write_text("\0")
+    assert len(load_results(tmp_path)) == 3 and load_claims(tmp_path) == {"01_clip": []}
+
+
 def test_filters(tmp_path):
     save_run(base_new(80, 60), tmp_path)
     save_run(base_new(70, 65, method="clip"), tmp_path)
@@ -258,6 +292,24 @@ def test_means_over_seeds():
         interval([80, 90, 85])[1:]
     )
     assert (cells.seeds == 3).all()
+
+
+def test_averages_take_the_newest_content_of_data_alone():
+    runs = table(
+        *(
+            record(all=value, seed=seed, created=created, **{"protocol": "few-shot"})
+            for value, seed, created in ((20, 1, "2026-01"), (80, 2, "2026-02"))
+        )
+    ).assign(data=["old", "new"])
+    found = summarise(runs).set_index(["dataset", "target"])["mean"].to_dict()
+    assert found.pop(("average", "average")) == 80
+    assert found == {("pets#old", "pets"): 20, ("pets#new", "pets"): 80}
+    assert summarise(runs[::-1])["mean"].max() == 80  # in whatever order
+    old = runs.assign(method=["clip", "coop"])
+    average = summarise(old).query("dataset == 'average'")
+    assert average["method"].tolist() == ["coop"] and average["datasets"].tolist() == [
+        1
+    ]
 
 
 def test_average_interval_is_over_seeds_within_tasks():
@@ -650,6 +702,23 @@ def test_a_seed_that_lacks_a_target_is_left_out():
     found = differences(runs, "kgcoop", "coop", "all", average=True)
     assert found.index.get_level_values("seed").tolist() == [1, 2]
     assert found.tolist() == [1, 1]  # of two targets, the source left out
+
+
+def test_differences_over_numbers_of_shots():
+    runs = table(
+        *(
+            record(all=50 + shots + seed, dataset=task, shots=shots, seed=seed)
+            for task in "ab"
+            for shots in (1, 4, 16)
+            for seed in (1, 2)
+        ),
+        *(record(all=50, method="clip", dataset=d, seed=0, shots=0) for d in "ab"),
+    )
+    found = over_shots(runs, "coop", "clip", [1, 4])
+    assert found.index.names == ["dataset", "seed"]
+    assert found.tolist() == [3.5, 4.5] * 2
+    rise = over_shots(runs, "coop", "clip", [16]) - found
+    assert rise.tolist() == [13.5] * 4
 
 
 def test_differences_of_variants_and_their_errors():

@@ -198,6 +198,13 @@ def test_published_options(tiny_clip):
     assert coop.template == "{} texture."
     grad = make(tiny_clip, NAMES, {"base": "PROGRAD", "dataset": "Food101"})
     assert grad.template == "a type of food, a photo of {}."
+    # the context and the name alone, without words of a template between them
+    pets = {"base": "PROGRAD", "n_ctx": 4, "dataset": "OxfordPets"}
+    for csc in (False, True):
+        context = make(tiny_clip, NAMES, pets | {"csc": csc}).host.context
+        assert context.class_specific == csc and not context._extra
+    words = make(tiny_clip, NAMES, pets | {"n_ctx": 16, "ctx_init": True})
+    assert len(words.host.context._extra) == 1  # eight words are nine tokens
     for wrong in ({"base": "maple"}, {"mode": "SOFTmax_3"}, {"odd": 1}):
         with pytest.raises(InputError, match="unknown"):
             make(tiny_clip, NAMES, wrong)

@@ -117,7 +117,7 @@ def predict(
 
 def _images(given) -> list[Path]:
     """The files that are named, and the images in the folders that are."""
-    from promptkit.data.images import SUFFIXES
+    from promptkit.data.folders import images_in, left_out, unread
 
     if not any(path.exists() for path in given):
         raise InputError(f"there is no image {given[0]}")
@@ -125,21 +125,16 @@ def _images(given) -> list[Path]:
     for path in given:
         inside = [path]
         if path.is_dir():
-            inside = sorted(
-                found
-                for found in path.rglob("*")
-                if found.suffix.lower() in SUFFIXES
-                and found.is_file()
-                and not _hidden(found.relative_to(path))
-            )
-        if not inside:
-            raise InputError(f"the folder {path} holds no images")
+            inside, others = images_in(path), left_out(path)
+            also = f"{unread(others)}: name them to have them tried" if others else ""
+            if not inside:
+                raise InputError(
+                    f"the folder {path} holds no images; {also}".rstrip("; ")
+                )
+            if others:
+                say(f"Warning: {path}: {also}")
         paths += inside
     return list(dict.fromkeys(paths))
-
-
-def _hidden(path):
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def _read(path):

@@ -173,13 +173,14 @@ def run(
         from promptkit.grids import SweepError, execute_all, grid
         from promptkit.recipe import Setting
         from promptkit.results import results_dir
-        from promptkit.runs import backbone, execute
+        from promptkit.runs import backbone, execute, reads_descriptions
         from promptkit.workers import sweep_results, sweep_temporaries
-    check_writable(results_dir(results), "--results")
     profile = values.choose_profile(profile, data, model)
     Setting(
         protocol, profile=profile
     )  # refuses unknown names before anything is loaded
+    for name in ("", protocol, "trained", "checkpoints"):
+        check_writable(results_dir(results) / name, "--results")
     overrides = values.settings(
         method, settings, lr=lr, epochs=epochs, batch_size=batch_size
     )
@@ -209,6 +210,11 @@ def run(
         **weights(like, quickgelu),
     )
     _refuse_idle(plans[0], overrides | {"max_steps": max_steps})
+    if descriptions and not any(map(reads_descriptions, plans)):
+        raise InputError(
+            f"{method} takes no sentences about the classes here, so --descriptions has"
+            " no effect: leave it out"
+        )
     if save and len(plans) > 1:
         raise InputError(
             "--save keeps one trained method: give one dataset, one number of shots and"

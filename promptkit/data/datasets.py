@@ -1,6 +1,7 @@
 """Datasets by name or path: the mini world's, the benchmark's and one's own."""
 
 import hashlib
+import json
 import os
 import warnings
 from dataclasses import replace
@@ -88,6 +89,7 @@ def load_dataset(name, root=None, *, classnames=None, descriptions=None) -> Data
         dataset = _renamed(dataset, names_for(classnames, dataset.classnames))
     if mine:
         warn_of_codes(dataset.classnames, name)
+    told = "" if descriptions is None else _told(descriptions)
     if descriptions is not None and os.path.isdir(_expanded(descriptions)):
         file = file_in(descriptions, dataset.name)
         if file is None:
@@ -97,9 +99,24 @@ def load_dataset(name, root=None, *, classnames=None, descriptions=None) -> Data
             )
         descriptions = file
     if descriptions is not None:
-        described = descriptions_for(descriptions, dataset.classnames)
-        dataset = replace(dataset, descriptions=described)
+        said = descriptions_for(descriptions, dataset.classnames)
+        told = "" if said == dataset.descriptions else told
+        dataset = replace(dataset, descriptions=said, described=told)
     return dataset
+
+
+def _told(given):
+    """What to call sentences that are given: the name of their file or folder, and a
+    part of the digest of what it holds.
+    """
+    if not isinstance(given, str | os.PathLike):
+        name, content = "given", json.dumps(given, sort_keys=True, default=str).encode()
+    else:
+        path = Path(_expanded(given)).absolute()
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = [file for file in files if file.is_file()]
+        name, content = path.name, b"\0".join(file.read_bytes() for file in files)
+    return f"{name}#{hashlib.sha256(content).hexdigest()[:6]}"
 
 
 def _expanded(path):

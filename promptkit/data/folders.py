@@ -14,6 +14,11 @@ from promptkit.files import cache_folder, write_atomically
 _LEFT = {
     "__macosx", "$recycle.bin", "system volume information", "@eadir", "lost+found",
 }  # fmt: skip
+# Files that stand beside images and nobody takes for one.
+_BESIDE = (
+    ".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".html", ".db", ".ini", ".py",
+    ".npy", ".mat",
+)  # fmt: skip
 
 
 def counts(name: str) -> bool:
@@ -26,6 +31,24 @@ def counts(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Whether a file of this name counts as an image."""
     return counts(name) and name.lower().endswith(SUFFIXES)
+
+
+def left_out(folder) -> list[str]:
+    """The files in a folder and below it that count and are no images by their names;
+    without texts and tables, which nobody takes for one. In the order of their names.
+    """
+    names = [name for *_, names in _folders(folder) for name in filter(counts, names)]
+    beside = (*SUFFIXES, *_BESIDE)
+    return sorted(name for name in names if not name.lower().endswith(beside))
+
+
+def unread(names) -> str:
+    """What is said of files that are left out: "3 files (.heic) are no images that can
+    be read".
+    """
+    kinds = sorted({Path(name).suffix.lower() for name in names} - {""})
+    kinds = f" ({', '.join(kinds[:5])})" if kinds else ""
+    return f"{len(names)} files{kinds} are no images that can be read"
 
 
 def inside(folder) -> tuple[list[str], list[str]]:
@@ -102,17 +125,30 @@ def _known(folder, known):
 def _walk(folder):
     """{folder below: when it changed}, {image below: size}, by relative paths."""
     changed, files = {}, {}
-    for where, names, images in os.walk(folder):
+    for where, ns, names in _folders(folder):
         at = Path(where).relative_to(folder).as_posix()
         at = "" if at == "." else at
-        changed[at] = os.stat(where).st_mtime_ns
-        names[:] = filter(counts, names)
-        for name in filter(is_image, images):
+        changed[at] = ns
+        for name in filter(is_image, names):
             path = Path(where, name)
             files[f"{at}/{name}".lstrip("/")] = (
                 path.stat().st_size if path.exists() else -1
             )
     return changed, files
+
+
+def _folders(folder):
+    """(folder, when it changed, names of the files in it) of a folder and those below
+    that count, each once, by whatever links it is reached.
+    """
+    seen = set()
+    for where, below, names in os.walk(folder, followlinks=True):
+        stat = os.stat(where)
+        place = stat.st_dev, stat.st_ino
+        below[:] = sorted(filter(counts, below)) if place not in seen else []
+        if place not in seen:
+            seen.add(place)
+            yield where, stat.st_mtime_ns, names
 
 
 def _settled(changed):

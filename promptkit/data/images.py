@@ -17,7 +17,8 @@ from promptkit.data.content import Digests, workers
 from promptkit.errors import InputError
 
 SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm",
 )  # fmt: skip
 # of damaged EXIF data, of which only the orientation is read
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

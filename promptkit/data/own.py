@@ -8,6 +8,7 @@ import os
 import random
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 from promptkit.data.benchmark import (
@@ -18,10 +19,11 @@ from promptkit.data.benchmark import (
     cut_two,
     read_split,
 )
-from promptkit.data.folders import counts, inside, scan
+from promptkit.data.folders import counts, inside, left_out, scan, unread
 from promptkit.data.names import read_text, trimmed
 from promptkit.data.tasks import SHIFTS, TASKS, WORDS
 from promptkit.errors import InputError, unknown
+from promptkit.files import some
 
 FOLDERS = {  # names of folders and entries of lists, in any capitalisation
     "train": "train",
@@ -78,6 +80,16 @@ def names_of(paths) -> list[str]:
     return [names[place] for place in places]
 
 
+def labels(datasets) -> dict[str, str]:
+    """{path: what to call the data there} of those datasets that are one's own."""
+    paths = [
+        name
+        for name in datasets
+        if isinstance(name, str) and name not in BUILT_IN and is_path(name)
+    ]
+    return dict(zip(paths, names_of(paths), strict=True))
+
+
 def _parts(path):
     path = Path(path).expanduser().resolve()
     last = path.stem if path.suffix.lower() in LISTS else path.name
@@ -99,7 +111,7 @@ def read(path) -> Listing:
     "val": ..., "test": ...}``, and is found in a folder as ``split_zhou_NAME.json``.
     What has no division at all is cut 50/20/30 % a class by a generator of seed 1;
     where only validation images are missing, 20 % of each class for training are set
-    apart. A warning says which.
+    apart (of those with at least 3 images). A warning says which.
 
     Raises:
         InputError: nothing is there, the layout is none of these, there is one class
@@ -119,7 +131,19 @@ def read(path) -> Listing:
         raise InputError(f"{path} is neither a folder nor a CSV file: {EXPECTED}")
     listing.turn = True
     listing.check(name_of(path))
-    return _several(listing, path)
+    _say_untested(_several(listing, path), path)
+    return listing
+
+
+def _say_untested(listing, path):
+    tested = {label for _, label, *_ in listing.test}
+    names = [n for y, n in enumerate(listing.classnames) if y not in tested]
+    if names:
+        warnings.warn(
+            f"{path}: the class {some(names)} has no test images, so nothing is"
+            " measured on it",
+            stacklevel=5,
+        )
 
 
 def _several(listing, path):
@@ -172,18 +196,33 @@ def _cut(listing, path):
             " testing"
         )
     elif listing.train and not listing.val:
-        listing.train, listing.val = cut_two(listing.train, generator)
-        done = "20 % of each class's training images were set apart for validation"
+        few = _set_apart(listing, generator)
+        done = (
+            f"20 % of each class's training images were set apart for validation{few}"
+        )
     elif listing.train and not listing.test:
-        listing.test, listing.val = listing.val, []
-        listing.train, listing.val = cut_two(listing.train, generator)
+        listing.test = listing.val
+        few = _set_apart(listing, generator)
         done = (
             "the validation images serve for testing, and 20 % of each class's training"
-            " images for validation"
+            f" images for validation{few}"
         )
     else:
         return
     warnings.warn(f"{path}: {done}, with seed 1", stacklevel=6)
+
+
+def _set_apart(listing, generator):
+    """Take images for validation from those for training, but for classes that have too
+    few, and return what is said of these.
+    """
+    count = Counter(name for *_, name in listing.train)
+    left = [item for item in listing.train if count[item[2]] < 3]
+    enough = [item for item in listing.train if count[item[2]] >= 3]
+    listing.train, listing.val = cut_two(enough, generator)
+    listing.train += left
+    few = [name for name in count if count[name] < 3]
+    return f" (none of {some(few)}, with fewer than 3)" if few else ""
 
 
 # --- folders --------------------------------------------------------------------------
@@ -197,8 +236,8 @@ def _read_folder(path):
     folders, images = inside(top)
     for at in {path, top}:
         lists = [e.name for e in os.scandir(at) if e.name.lower().endswith(LISTS[:2])]
-        if unread := sorted(filter(counts, lists)):
-            advice = f"{unread[0]} in {at} is not read; to use it, give its own path"
+        if others := sorted(filter(counts, lists)):
+            advice = f"{others[0]} in {at} is not read; to use it, give its own path"
             if not folders:
                 raise InputError(f"{top} holds no class folders, and {advice}")
             warnings.warn(advice, stacklevel=5)
@@ -208,18 +247,27 @@ def _read_folder(path):
             f"{top} holds {what} {'one class' if images else 'images'}: {EXPECTED}"
         )
     _say_loose(top, images)
-    items = {part: [] for part in PARTS}
+    items, skipped = {part: [] for part in PARTS}, []
     for at, part in _divided(top, folders).items():
         for name, paths in scan(top / at).items():
+            others = left_out(top / at / name)
             if not paths:
+                also = f"; {unread(others)}: convert them to .jpg" if others else ""
                 raise InputError(
                     f"the class folder {top / at / name} holds no images: fill or"
-                    " remove it"
+                    f" remove it{also}"
                 )
+            skipped += others
             start = f"{at}/" if at else ""
             items[part] += [(f"{start}{image}", trimmed(name)) for image in paths]
     if not any(items.values()):
         raise InputError(f"{top} holds no class folders with images: {EXPECTED}")
+    if skipped:
+        warnings.warn(
+            f"{path}: {unread(skipped)}, such as {skipped[0]}, and are left out:"
+            " convert them to .jpg",
+            stacklevel=4,
+        )
     return _labelled(top, items, path)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -92,6 +93,8 @@ class Dataset:
             val are empty). ImageNet has no validation images of its own: its val is its
             test.
         descriptions: sentences or phrases by class name; empty if there are none.
+        described: what they were read from in place of the dataset's own, such as
+            "birds.json#1f3c5a"; "" elsewhere.
         shifts: names of its shifted versions.
         source_rows: in a shifted version, which of the source's classes its own are;
             None elsewhere.
@@ -111,6 +114,7 @@ class Dataset:
     test: Split
     templates: tuple = ENSEMBLE
     descriptions: dict[str, list[str]] = field(default_factory=dict)
+    described: str = ""
     shifts: tuple[str, ...] = ()
     source_rows: list[int] | None = None
     world: str = "real"
@@ -141,7 +145,11 @@ class Dataset:
         """
         splits = [s.identity for s in (self.train, self.val, self.test)]
         text = json.dumps([*splits, self.classnames])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        found = hashlib.sha256(text.encode()).hexdigest()[:32]
+        if self.path and found not in _looked_through:
+            _looked_through.add(found)
+            _say_repeated(self)
+        return found
 
     def for_training(self) -> "Dataset":
         """The dataset without images for testing, to be given to what learns; without
@@ -149,3 +157,32 @@ class Dataset:
         """
         val = self.val.take([]) if self.val_is_test else self.val
         return replace(self, test=self.test.take([]), val=val)
+
+
+_looked_through = set()  # identities of one's own data that were looked at for copies
+
+
+def _say_repeated(dataset):
+    """Warn of pictures that are there twice: for training and for testing, or in two
+    classes.
+    """
+    first, again, double = {}, [], []
+    for part in (dataset.train, dataset.test, dataset.val):
+        files, rows = part.source(), part.rows
+        each = zip(
+            rows.tolist(), part.labels.tolist(), files.digests(rows), strict=True
+        )
+        for row, label, digest in each:
+            where, known = first.setdefault(digest, (part, label))
+            if where is dataset.train and part is dataset.test:
+                again.append(files.paths[row])
+            if known != label:
+                double.append(files.paths[row])
+    for paths, what in (
+        (again, "test images are training images too"),
+        (double, "images stand in a second class too"),
+    ):
+        if paths:
+            warnings.warn(
+                f"{dataset.path}: {len(paths)} {what}, such as {paths[0]}", stacklevel=4
+            )

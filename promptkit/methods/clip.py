@@ -7,10 +7,11 @@ ICML 2021; arXiv 2103.00020. The templates are those of the prompt-learning benc
 """
 
 from promptkit.clip import zero_shot_features
+from promptkit.data.benchmark import TABLE
 from promptkit.errors import expect_templates
 from promptkit.method import Method, register
 from promptkit.picture import Picture
-from promptkit.published import Published
+from promptkit.published import Published, dataset_of
 from promptkit.recipe import PROTOCOLS, Recipe
 
 PLAIN = "a photo of a {}."
@@ -48,7 +49,7 @@ class CLIP(Method):
     from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "template": "template",
-        "dataset": None,
+        "dataset": None,  # stands for its template, see official_hparams
         "ensemble_templates": None,
     }
     published = {
@@ -75,6 +76,15 @@ class CLIP(Method):
 
     def text_features(self, image_features=None):
         return zero_shot_features(self.clip, self.classnames, self.templates)  # (C, E)
+
+    @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; a dataset stands for its template."""
+        ours = super().official_hparams(hyperparameters)
+        dataset = hyperparameters.get("dataset")
+        if dataset and not ours.get("template"):
+            ours["template"] = TABLE[dataset_of(dataset)].template
+        return ours
 
     @classmethod
     def recipe(cls, setting):

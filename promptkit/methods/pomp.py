@@ -38,12 +38,13 @@ class POMP(CoOp):
     which stands for several.
 
     .. math:: L = -\frac1B \sum_b \log \frac{e^{z_{b y_b}}}
-       {e^{z_{b y_b}} + \sum_{j \in N,\, j \neq y_b} e^{z_{bj} + m}}, \qquad
-       m = \log_{10} \frac{C - 1}{|N \setminus y_b|}
+       {e^{z_{b y_b}} + \sum_{j \in \mathcal N,\, j \neq y_b} e^{z_{bj} + m}}, \qquad
+       m = \log_{10} \frac{C - 1}{|\mathcal N \setminus y_b|}
 
-    The K - 1 classes N are drawn anew at each step, without repetition and for the
-    whole batch. So a step encodes at most B + K - 1 prompts, whatever C is; at test
-    time all C are encoded in chunks. With K > C it is CoOp. Inference is CoOp's.
+    The K - 1 classes :math:`\mathcal N` are drawn anew at each step, without repetition
+    and for the whole batch. So a step encodes at most B + K - 1 prompts, whatever C is;
+    at test time all C are encoded in chunks. With K > C it is CoOp. Inference is
+    CoOp's.
 
     Args:
         clip: the frozen backbone.
@@ -152,7 +153,7 @@ class POMP(CoOp):
         return torch.cat([self.features_of(part) for part in parts])
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
-        """N, (K - 1,): positions of drawn classes; all C, if there are no more."""
+        """(K - 1,) positions of drawn classes; all C, if there are no more."""
         order = torch.randperm(len(self.classnames), generator=generator)
         return order[: self.sampled - 1]
 

@@ -270,6 +270,8 @@ class WeakDetectors(Plugin):
         theirs = {name: given[k] for k, name in names.items() if k in given}
         if base == "kgcoop":
             theirs["CTX_INIT"] = True
+        if base == "prograd":  # its own default are the words of its template
+            theirs.setdefault("CTX_INIT", False)
         if base == "coop" and given.get("dataset") and "template" not in ours:
             ours["template"] = TABLE[dataset_of(given["dataset"])].template
         made = hosts[base].from_official(clip, classnames, theirs)

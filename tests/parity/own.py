@@ -8,7 +8,9 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from benchmark_protocol import check_benchmark
+from compare import close, close_features, close_gradient, close_ids
 from PIL import Image
 from seeded import seeded, seeded_images
 from torch.nn.functional import avg_pool2d
@@ -17,32 +19,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from promptkit.method import Batch
 from promptkit.methods.clip import CLIP
 from promptkit.methods.tpt import TPT
-from promptkit.methods.waffleclip import WaffleCLIP
 from promptkit.recipe import Recipe
+from promptkit.registry import from_official
 from promptkit.views import OPERATIONS, image_views
-
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
-
-
-def close(ours, arrays, name, **tolerance):
-    """Compare with a stored array, if the fixture has it; whether it has."""
-    if name not in arrays:
-        return False
-    expected = arrays[name]
-    torch.testing.assert_close(
-        ours.to(expected.dtype),
-        expected,
-        **(CLOSE | tolerance),
-        msg=lambda why: f"{name}: {why}",
-    )
-    return True
 
 
 def check_clip(clip, fixture, arrays):
     """Zero-shot logits and features, of one template and of an ensemble."""
     options, names = fixture["hyperparameters"], fixture["classnames"]
     images = described_images(fixture)
-    single = CLIP.from_official(clip, names, options)
+    single = from_official("clip", clip, names, options)
     checked = {"": single}
     if options.get("ensemble_templates"):
         checked["_ensemble"] = CLIP(clip, names, template=options["ensemble_templates"])
@@ -54,14 +40,10 @@ def check_clip(clip, fixture, arrays):
     image = torch.nn.functional.normalize(single.image_features(images), dim=-1)
     done.append(close(image, arrays, "image_features", atol=1e-5))
     assert any(done), "the fixture has none of the arrays that clip is checked by"
-    if "tokens" in arrays:
-        spoken = [name.replace("_", " ") for name in names]
-        tokens = clip.tokenize([single.templates[0].replace("{}", n) for n in spoken])
-        n = tokens.shape[1]
-        assert torch.equal(tokens, arrays["tokens"][:, :n].long())
-        assert "eot" not in arrays or torch.equal(
-            tokens.argmax(dim=-1), arrays["eot"].long()
-        )
+    spoken = [name.replace("_", " ") for name in names]
+    tokens = clip.tokenize([single.templates[0].replace("{}", n) for n in spoken])
+    close_ids(tokens.tolist(), arrays, "tokens")
+    close(tokens.argmax(dim=-1), arrays, "eot", rtol=0, atol=0)
 
 
 def described_images(fixture):
@@ -107,6 +89,10 @@ def check_tpt(clip, fixture, arrays, host=""):
         return method.eval()
 
     method = make()
+    initial = method.host.context.vectors.detach().flatten()
+    if "ctx_init" in arrays:
+        n = arrays["ctx_init"].numel()
+        close(initial[:n].view_as(arrays["ctx_init"]), arrays, "ctx_init", atol=1e-6)
     n = fixture.get("n_views") or options.get("n_views") or method.n_views
     size = fixture.get("resolution", 64)
     views = torch.stack(
@@ -160,8 +146,7 @@ def check_tpt(clip, fixture, arrays, host=""):
         )
         words = words.replace("[CLS] ", "") or " ".join(["X"] * length)
         tokens = clip.tokenize([f"{words} {name}." for name in template.classnames])
-        n = tokens.shape[1]
-        assert torch.equal(tokens, arrays["tokenized_prompts"][:, :n].long())
+        close_ids(tokens.tolist(), arrays, "tokenized_prompts")
     if "trace" in arrays:
         longer = make(tta_steps=arrays["trace"].shape[1])
         close(longer.tune(features).losses.T, arrays, "trace", atol=1e-4)
@@ -223,6 +208,7 @@ def check_waffleclip(clip, fixture, arrays):
     beside = {
         key: fixture[key] for key in ("descriptors", "word_list") if fixture.get(key)
     }
+    close_features(arrays, "image_features", clip.encode_image(images))
     compared = 0
     for key, prompts in fixture["prompts"].items():
         variant, _, repetition = key.partition("/")
@@ -230,7 +216,7 @@ def check_waffleclip(clip, fixture, arrays):
         chosen = {"mode": mode, "rep": int(repetition or 0)}
         if broad:
             chosen["label_before_text"] = options["concept_label_before_text"]
-        make = partial(WaffleCLIP.from_official, clip, names)
+        make = partial(from_official, "waffleclip", clip, names)
         method = make(options | beside | chosen)
         merged = make(options | beside | chosen | {"merge_predictions": True})
         stored = [prompts[name] for name in names]
@@ -258,9 +244,16 @@ def check_waffleclip(clip, fixture, arrays):
 def also_kgcoop(method, fixture, arrays, batch):
     image, text = method.features(batch)
     close(method.anchor, arrays, "text_features_handcrafted", atol=1e-5)
-    if method.lam:
-        score = method.regularizer(batch, image, text) / method.lam
-        close(score, arrays, "score", atol=1e-6)
+    close(method.criterion(batch, image, text), arrays, "loss_ce", atol=1e-6)
+    close(along_kgcoop(method, batch)["trace_score"], arrays, "score", atol=1e-6)
+
+
+def along_kgcoop(method, batch):
+    """The penalty without its weight, which may be 0."""
+    weight, method.lam = method.lam, 1.0
+    score = method.regularizer(batch, *method.features(batch)).detach()
+    method.lam = weight
+    return {"trace_score": score}
 
 
 def also_prograd(method, fixture, arrays, batch):
@@ -269,26 +262,53 @@ def also_prograd(method, fixture, arrays, batch):
     kl = method.divergence(image, text)
     close(kl, arrays, "kl_loss", atol=1e-6)
     _, (domain,), (general,) = method.gradients(batch)
-    cosine = torch.cosine_similarity(domain.flatten(), general.flatten(), dim=0)
+    (name,) = method.official_names()
+    close_gradient(domain, arrays, name, "_xe")
+    close_gradient(general, arrays, name, "_kl")
     if "cosine" in arrays:
-        close(cosine, {"cosine": arrays["cosine"].flatten()[0]}, "cosine", atol=1e-4)
+        cosine = along_prograd(method, batch)["trace_cosine"]
+        close(cosine.view_as(arrays["cosine"]), arrays, "cosine", atol=1e-4)
+
+
+def along_prograd(method, batch):
+    """The divergence, and the cosine of its gradient with that of the loss."""
+    kl = method.divergence(*method.features(batch)).detach()
+    _, (domain,), (general,) = method.gradients(batch)
+    cosine = torch.cosine_similarity(domain.flatten(), general.flatten(), dim=0)
+    return {"trace_kl": kl, "trace_cosine": cosine}
 
 
 def also_dept(method, fixture, arrays, batch):
     image, text = method.features(batch)
     close(method.host.score(image, text), arrays, "logits_itm")
     close(method.cat(image, text), arrays, "logits_cat")
+    if method.classifier is None:
+        train = method.cat(image, text)
+    else:
+        rows = torch.arange(len(image))
+        mine = text[batch.labels if text.dim() == 2 else (rows, batch.labels)]
+        both = torch.cat([method.film_text(mine), method.film_image(image)])
+        train = method.classifier(both)  # (2B, C)
+    close(train, arrays, "logits_cat_train")
+    itm = method.host.criterion(batch, image, text)
+    cat = F.cross_entropy(train, batch.labels.repeat(len(train) // len(image)))
+    close(itm, arrays, "loss_itm", atol=1e-6)
+    close(cat, arrays, "loss_cat", atol=1e-6)
+    total = (1 - method.lam) * itm + method.lam * cat
+    torch.testing.assert_close(method.criterion(batch, image, text), total)
 
 
 def also_promptsrc(method, fixture, arrays, batch):
     image, text = method.features(batch)
     if "terms" in arrays:
-        terms = torch.stack(method.terms(batch, image, text))
-        close(terms, {"terms": arrays["terms"][1:]}, "terms", atol=1e-6)
+        terms = [method.criterion(batch, image, text)]
+        terms += method.terms(batch, image, text)
+        close(torch.stack(terms), arrays, "terms", atol=1e-6)
     if "fixed_text_features_raw" in arrays:
         raw = torch.nn.functional.normalize(arrays["fixed_text_features_raw"], dim=-1)
         close(method.anchor, {"anchor": raw}, "anchor", atol=1e-5)
     frozen = method.clip.encode_image(batch.images)
+    close_features(arrays, "zero_shot_image_features", frozen)
     close(method.score(frozen, method.anchor), arrays, "zero_shot_logits")
     if "gauss" not in arrays:
         return
@@ -325,6 +345,9 @@ ALSO = {
     "dept": also_dept,
     "promptsrc": also_promptsrc,
 }
+# What is recorded along a trace, before each of its steps: a function of the method and
+# the batch, to the names of the arrays and the values.
+ALONG = {"kgcoop": along_kgcoop, "prograd": along_prograd}
 # What a method draws in training, from the fixture: a function of the method, the
 # fixture, the batch, which it may add to, and "loss" or the name of the trace.
 BEFORE = {}

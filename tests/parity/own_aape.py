@@ -11,7 +11,7 @@ from own import close
 from seeded import seeded
 
 from promptkit.clip import FrozenCLIP
-from promptkit.methods.aape import AAPE
+from promptkit.registry import from_official
 
 
 def stand_in(d, scale):
@@ -37,7 +37,7 @@ def make(fixture, classes):
     options = fixture["hyperparameters"]
     clip = stand_in(options["d"], options.get("logit_scale", 100.0))
     names = [f"class {c}" for c in range(classes)]
-    method = AAPE.from_official(clip, names, options)
+    method = from_official("aape", clip, names, options)
     state = {
         name: p.get("mean", 0.0)
         + seeded(f"{fixture['name']}/{name}", p["shape"], p["std"])

@@ -29,8 +29,14 @@ def also_argue(method, fixture, arrays, batch):
 def check_sampling(clip, fixture, arrays):
     """The clusters of the attributes of a class, and which of each stays."""
     options = fixture["hyperparameters"]
+    lists = fixture["attributes"]
+    lists = list(lists.values()) if isinstance(lists, dict) else lists
+    assert len(lists) == 1, f"the sampling is checked of one class, not {len(lists)}"
+    mode, first = options.get("mode", "cosine"), options.get("init", "first k rows")
+    assert mode == "cosine", f"clusters are by cosine here, not {mode!r}"
+    assert first == "first k rows", f"clusters start from the first k, not {first!r}"
+    (texts,) = lists
     images = clip.encode_image(described_images(fixture))
-    (texts,) = fixture["attributes"]
     sample = sampled(clip, texts, options["n_clusters"], images)
     stops = {"iterations": options["max_iter"], "tolerance": options["tol"]}
     labels, centroids = kmeans(sample.features, options["n_clusters"], **stops)

@@ -1,6 +1,4 @@
-"""Checks of ATPrompt's fixtures: the search, and what the others hold beside the common
-arrays.
-"""
+"""Checks of ATPrompt's fixtures of the search."""
 
 import torch
 from own import close, described_images
@@ -89,11 +87,4 @@ def check_search(clip, fixture, arrays):
     assert all(compared), "the fixture lacks an array that a search is checked by"
 
 
-def also_atprompt(method, fixture, arrays, batch):
-    """Where EOT stands."""
-    lengths = torch.tensor(method.context.template.lengths)
-    close(lengths - 1, arrays, "eot", rtol=0, atol=0)
-
-
-ALSO = {"atprompt": also_atprompt}
 OWN = {("atprompt", "differentiable attribute search"): check_search}

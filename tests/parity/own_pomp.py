@@ -6,10 +6,11 @@ import re
 
 import torch
 import torch.nn.functional as F
+from compare import close_gradient
 from own import close
 from seeded import seeded, seeded_images
 
-from promptkit.methods.pomp import POMP
+from promptkit.registry import from_official
 
 
 def images_of(fixture):
@@ -23,7 +24,8 @@ def images_of(fixture):
 
 
 def check_pomp(clip, fixture, arrays):
-    names, options = fixture["classnames"], fixture["hyperparameters"]
+    names, given = fixture["classnames"], fixture["hyperparameters"]
+    options = {key: value for key, value in given.items() if value is not None}
     images, labels = images_of(fixture), torch.tensor(fixture["labels"])
     (name, described), done = *fixture["parameters"].items(), 0
     vectors = None
@@ -34,7 +36,7 @@ def check_pomp(clip, fixture, arrays):
         vectors = described.get("mean", 0.0) + drawn
 
     def make(**changes):
-        method = POMP.from_official(clip, names, options | changes)
+        method = from_official("pomp", clip, names, options | changes)
         if vectors is not None:
             method.load_official({name: vectors})
         return method.train()
@@ -70,12 +72,7 @@ def check_pomp(clip, fixture, arrays):
         loss.backward()
         trace.append(loss.detach())
         if step == 0:
-            grad = method.context.vectors.grad
-            done += close(grad.norm(), arrays, f"gradnorm/{name}", atol=1e-6)
-            stored = arrays[f"grad/{name}"]
-            ours = grad.flatten()[: len(stored)]
-            scale = stored.abs().max().item()
-            done += close(ours, arrays, f"grad/{name}", atol=1e-3 * scale)
+            done += close_gradient(method.context.vectors.grad, arrays, name)
         optimizer.step()
     done += close(torch.stack(trace), arrays, "trace", atol=1e-5)
     assert done == len(arrays) - 1, sorted(arrays)  # all but the draws

@@ -33,10 +33,6 @@ def also_promptkd(method, fixture, arrays, batch):
         close(normalize(image, dim=-1), arrays, "train_image_features", atol=1e-4)
         close(student.score(image, text), arrays, "train_logits")
     method.load_state_dict(state)
-    if "tokens" in arrays:
-        said = [f"a photo of a {name}." for name in method.classnames]
-        tokens, n = method.clip.tokenize(said), arrays["tokens"].shape[1]
-        assert torch.equal(tokens[:, :n], arrays["tokens"].long())
     after = {"running_mean_after": "running_mean", "running_var_after": "running_var"}
     if not after.keys() & arrays.keys():
         return

@@ -2,8 +2,8 @@
 the features of both sides.
 """
 
-import torch
 import torch.nn.functional as F
+from compare import close_ids
 from own import close
 
 from promptkit.methods.protext import WORDS
@@ -23,14 +23,12 @@ def also_protext(method, fixture, arrays, batch):
     features = F.normalize(method.text_features(), dim=-1)
     close(features, arrays, "class_text_features", atol=1e-5)
     if "tokens" in arrays:
-        clip, width = method.clip, arrays["tokens"].shape[1]
         words = start if method.words else " ".join("X" * n)
         texts = [
             f"{words} {method.context.ending.replace('{}', name)}"
             for name in method.classnames
         ]
-        ids = F.pad(clip.tokenize(texts), (0, width))[:, :width]
-        assert torch.equal(ids, arrays["tokens"].long())
+        close_ids(method.clip.tokenize(texts).tolist(), arrays, "tokens")
 
 
 ALSO = {"protext": also_protext}

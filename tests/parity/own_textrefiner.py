@@ -19,7 +19,8 @@ def also_textrefiner(method, fixture, arrays, batch):
         seen = normalize(method.encode(batch), dim=-1)
         close(seen, arrays, "image_features", atol=1e-4)
     if hasattr(method.host, "teacher"):
-        student = {name: arrays[name] for name in ("teacher_logits", "teacher_text")}
+        names = {"teacher_logits", "teacher_text"} & set(arrays)
+        student = {name: arrays[name] for name in names}
         also_promptkd(method.host, fixture, student, batch)
     first, state = method.cache.clone(), method.state_dict()
     state = {name: value.clone() for name, value in state.items()}
@@ -28,12 +29,12 @@ def also_textrefiner(method, fixture, arrays, batch):
         image, text = method.features(batch)
         t = normalize(text, dim=-1)
         top = method.attended(batch.attention)
-        assert torch.equal(top, arrays["top_patches"].long())
+        close(top, arrays, "top_patches", rtol=0, atol=0)
         aligned = method.aligned(batch)
         tokens = aligned.flatten(0, 1)
         close(tokens.norm(dim=1), arrays, "tokens_norm")
         slots = (normalize(tokens, dim=-1) @ method.cache.T).argmax(dim=1)
-        assert torch.equal(slots, arrays["assign"].long())
+        close(slots, arrays, "assign", rtol=0, atol=0)
         local = method.local(aligned, batch.attention).flatten(0, 1)
         close(method.compare(local, t), arrays, "top_local_logits", atol=1e-2)
         assert torch.equal(method.cache, first)

@@ -7,8 +7,8 @@ from seeded import seeded
 
 from promptkit.method import Batch
 from promptkit.methods.tip_adapter import TipAdapter
-from promptkit.methods.tip_adapter_f import TipAdapterF
 from promptkit.recipe import Recipe, learning_rate
+from promptkit.registry import from_official
 
 
 def check_tip_adapter(clip, fixture, arrays):
@@ -30,13 +30,13 @@ def check_tip_adapter(clip, fixture, arrays):
     train = [encode(f"train/{i}") for i in range(passes)]
     val, test = encode("val"), encode("test")
 
-    def make(cls):
-        method = cls.from_official(clip, names, options)
+    def make(spec):
+        method = from_official(spec, clip, names, options)
         assert method.passes == passes
         method.remember(torch.stack(train).mean(0), labels["train"])
         return method.eval()
 
-    method, compared = make(TipAdapter), set()
+    method, compared = make("tip_adapter"), set()
 
     def compare(ours, array, **tolerance):
         if close(ours.detach(), arrays, array, **tolerance):
@@ -57,7 +57,7 @@ def check_tip_adapter(clip, fixture, arrays):
     method.choose(val, labels["val"])
     compare(torch.stack([method.beta, method.alpha]), "best_beta_alpha", atol=1e-5)
     compare(method.logits(Batch(features=test)), "logits_searched")
-    compared |= fine_tune(make(TipAdapterF), fixture, arrays, train, test, labels)
+    compared |= fine_tune(make("tip_adapter_f"), fixture, arrays, train, test, labels)
     assert compared == set(arrays), f"not compared: {set(arrays) - compared}"
 
 

@@ -11,27 +11,35 @@ for.
 import inspect
 import json
 import re
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from own import ALSO, BEFORE, OWN, close, described_images
+from compare import (
+    Arrays,
+    close,
+    close_features,
+    close_gradient,
+    close_prompts,
+)
+from own import ALONG, ALSO, BEFORE, OWN, described_images
+from own_argue import check_sampling
+from own_awt import numbered
 from seeded import seeded
 
 from promptkit.method import Batch
 from promptkit.recipe import Recipe
 from promptkit.registry import from_official, methods
 
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # logits are scaled by 100
-RELATIVE = {"rtol": 1e-3, "atol": 1e-6}
+GRADIENTS = ("grad/", "gradnorm/")
 for found in sorted(Path(__file__).parent.glob("own_*.py")):
     module = import_module(found.stem)
     OWN.update(getattr(module, "OWN", {}))
     ALSO.update(getattr(module, "ALSO", {}))
     BEFORE.update(getattr(module, "BEFORE", {}))
+    ALONG.update(getattr(module, "ALONG", {}))
 
 
 def test_fixture(parity_path, request):
@@ -41,10 +49,8 @@ def test_fixture(parity_path, request):
         return OWN[fixture.get("name", path.stem).partition("-")[0], None](
             None, fixture, {}
         )
-    arrays = {
-        name: torch.from_numpy(array)
-        for name, array in np.load(path.with_suffix(".npz")).items()
-    }
+    stored = np.load(path.with_suffix(".npz"))
+    arrays = Arrays({name: torch.from_numpy(stored[name]) for name in stored})
     known = methods()
     for name in (fixture["method"], fixture.get("host")):
         assert name is None or name in known, (
@@ -66,6 +72,9 @@ def test_fixture(parity_path, request):
             f" {fixture['method']}"
         )
         check(clip, fixture, arrays)
+    assert arrays, f"{path.name} has no array to compare"
+    left = ", ".join(sorted(arrays.unread))
+    assert not left, f"arrays of {path.name} were not compared: {left}"
 
 
 def check_common(cls, clip, fixture, arrays, objects):
@@ -87,16 +96,9 @@ def check_common(cls, clip, fixture, arrays, objects):
         batch.texts = [pair["target"] for pair in pairs]
         batch.labels = torch.tensor([pair["label"] for pair in pairs])
 
-    compared = [close(method.logits(batch), arrays, "logits")]
-    with torch.no_grad():
-        image = method.eval().image_features(images)
-        if "image_features" in arrays:
-            assert_features(arrays["image_features"], image, method.adapt(image))
-        if "text_features" in arrays:
-            assert_features(
-                arrays["text_features"],
-                method.text_features(image if method.conditional else None),
-            )
+    close(method.logits(batch), arrays, "logits")
+    check_features(method, images, arrays)
+    close_prompts(method, arrays)
     if fixture.get("new_classnames") and "logits_new" in arrays:
         method.set_classes(fixture["new_classnames"])
         # without a flaw of the official code, where the fixture has both
@@ -107,37 +109,19 @@ def check_common(cls, clip, fixture, arrays, objects):
         method.set_classes(fixture["classnames"])
 
     before = BEFORE.get(fixture["method"], lambda *step: None)
-    if "loss" in arrays:
+    if any(name == "loss" or name.startswith(GRADIENTS) for name in arrays):
         before(method, fixture, batch, "loss")
-        compared.append(check_gradients(method, batch, arrays))
-    missing = {
-        name.partition("/")[2] for name in arrays if name.startswith("gradnorm/")
-    } - set(method.official_names())
-    assert not missing, f"parameters that the method does not have: {sorted(missing)}"
-
-    optimizers = fixture.get("optimizer") or {}
-    if "trace" not in optimizers:
-        optimizers = {"trace": optimizers} if optimizers else {}
-    suffix = "_optimizer"  # of another trace
-    optimizers |= {
-        key.removesuffix(suffix): fixture[key]
-        for key in fixture
-        if key.endswith(suffix)
-    }
-    for name, described in optimizers.items():
-        if name not in arrays:
-            continue
-        method = make(cls, clip, fixture, arrays, objects).train()
-        before(method, fixture, batch, name)
-        trace, optimizer = [], make_optimizer(method, described)
-        for _ in arrays[name]:
-            optimizer.zero_grad()
-            trace.append(method.backward(batch))
-            optimizer.step()
-        compared.append(close(torch.stack(trace), arrays, name, atol=1e-5))
-        if name == "trace":
-            close(method.logits(batch), arrays, "logits_after")
-    assert any(compared), f"{fixture['name']} has no array to compare"
+        check_gradients(method, batch, arrays)
+    for name, described in optimizers_of(fixture).items():
+        if name in arrays:
+            method = make(cls, clip, fixture, arrays, objects).train()
+            before(method, fixture, batch, name)
+            optimizer = make_optimizer(method, described)
+            along = ALONG.get(fixture["method"]) if name == "trace" else None
+            check_trace(method, batch, optimizer, arrays, name, along)
+    assert "trace" not in arrays.unread, (
+        f"{fixture['name']} has a trace and describes no optimizer for it"
+    )
 
     if fixture["method"] in ALSO:
         ALSO[fixture["method"]](
@@ -145,31 +129,61 @@ def check_common(cls, clip, fixture, arrays, objects):
         )
 
 
+def check_features(method, images, arrays):
+    """Image features, and text features of all images or of one."""
+    with torch.no_grad():
+        image = method.eval().image_features(images)
+        close_features(arrays, "image_features", image, method.adapt(image))
+        of_one = [name for name in arrays if re.fullmatch(r"text_features_\d+", name)]
+        if not of_one and "text_features" not in arrays:
+            return
+        text = method.text_features(image if method.conditional else None)
+        for name in of_one:
+            mine = text[int(name.rpartition("_")[2])] if method.conditional else text
+            close_features(arrays, name, mine)
+        close_features(arrays, "text_features", text)
+
+
 def check_gradients(method, batch, arrays):
     """The training loss and what it leaves in each parameter."""
     learnables = dict(method.named_parameters())
     method.train()
-    loss = method.backward(batch)
-    close(loss, arrays, "loss", atol=1e-6)
-    for official, ours in method.official_names().items():
-        if f"gradnorm/{official}" not in arrays:
-            continue
-        grad = learnables[ours].grad
+    close(method.backward(batch), arrays, "loss", atol=1e-6)
+    names = method.official_names()
+    stored = {name.partition("/")[2] for name in arrays if name.startswith(GRADIENTS)}
+    missing = sorted(stored - set(names))
+    assert not missing, f"parameters that the method does not have: {missing}"
+    for official in sorted(stored):
+        grad = learnables[names[official]].grad
         assert grad is not None, f"{official} got no gradient"
-        norm = arrays[f"gradnorm/{official}"].double()
-        named = partial("{}: {}".format, official)  # leads the message of a failure
-        torch.testing.assert_close(grad.double().norm(), norm, **RELATIVE, msg=named)
-        stored = arrays.get(f"grad/{official}", grad.new_zeros(0))
-        # single values are small differences of large ones: they are held to the scale
-        # of the whole
-        scale = max(
-            stored.abs().max().item() if len(stored) else 0.0,
-            norm.item() / grad.numel() ** 0.5,
-        )
-        torch.testing.assert_close(
-            grad.flatten()[: len(stored)], stored, rtol=1e-3, atol=1e-3 * scale
-        )
-    return True
+        close_gradient(grad, arrays, official)
+
+
+def optimizers_of(fixture):
+    """The described optimizers by the names of the traces that they made."""
+    described = fixture.get("optimizer") or {}
+    if "trace" not in described:
+        described = {"trace": described} if described else {}
+    suffix = "_optimizer"  # of another trace
+    return described | {
+        key.removesuffix(suffix): fixture[key]
+        for key in fixture
+        if key.endswith(suffix)
+    }
+
+
+def check_trace(method, batch, optimizer, arrays, name, along):
+    """The losses of a few steps, what is recorded along them, and the logits after."""
+    trace, beside = [], []
+    for _ in arrays[name]:
+        beside += [along(method, batch)] if along else []
+        optimizer.zero_grad()
+        trace.append(method.backward(batch))
+        optimizer.step()
+    close(torch.stack(trace), arrays, name, atol=1e-5)
+    for key in beside[0] if beside else ():
+        close(torch.stack([step[key] for step in beside]), arrays, key)
+    close(method.logits(batch), arrays, name.replace("trace", "logits_after", 1))
 
 
 def make(cls, clip, fixture, arrays, objects):
@@ -194,9 +208,8 @@ def make(cls, clip, fixture, arrays, objects):
                 array = re.search(r"array (\w+)", p["init"])
                 if array and array[1] in arrays:
                     stored = arrays[array[1]]
-                    torch.testing.assert_close(
-                        official[name].flatten()[: stored.numel()], stored.flatten()
-                    )
+                    first = official[name].flatten()[: stored.numel()]
+                    close(first.view_as(stored), arrays, array[1], atol=1e-5)
             else:
                 value = seeded(f"{fixture['name']}/{name}", p["shape"], p["std"])
                 mean = p.get("mean", 0.0)
@@ -229,28 +242,25 @@ def make_optimizer(method, described):
     kind = next(
         described[key] for key in ("type", "optimizer", "name") if key in described
     ).rpartition(".")[2]
-    cls = getattr(torch.optim, kind)
-    lr = described["lr"] if "lr" in described else described["groups"][0]["lr"]
+    cls, lr = getattr(torch.optim, kind), rate_of(method, described)
     known = set(inspect.signature(cls).parameters) - {"params", "lr"}
     options = {name: value for name, value in described.items() if name in known}
     return cls(method.param_groups(Recipe(lr=lr)), lr=lr, **options)
 
 
-def assert_features(stored, *ours):
-    """Fixtures store features normalised or not, before a trained head or behind it,
-    and sometimes their first columns alone.
+def rate_of(method, described):
+    """The recorded learning rate, of several the one that the method's own are
+    multiples of.
     """
-    normalised = [torch.nn.functional.normalize(each, dim=-1) for each in ours]
-    width = stored.shape[-1]
-    versions = [
-        features[..., :width]
-        for features in (*ours, *normalised)
-        if features.shape[-1] >= width
-    ]
-    if not any(torch.allclose(features, stored, **CLOSE) for features in versions):
-        torch.testing.assert_close(
-            min(versions, key=lambda f: (f - stored).abs().max()), stored, **CLOSE
-        )
+    if "groups" not in described:
+        return described["lr"]
+    theirs = sorted({group["lr"] for group in described["groups"]})
+    groups = method.param_groups(Recipe(lr=1.0))
+    ours = sorted({group.get("lr", 1.0) for group in groups})
+    for lr in theirs:
+        if [lr * x for x in ours] == pytest.approx(theirs):
+            return lr
+    raise AssertionError(f"the rates {theirs} are no multiple of the method's {ours}")
 
 
 def test_unregistered_methods_fail(tmp_path):
@@ -266,3 +276,102 @@ def test_unregistered_methods_fail(tmp_path):
     np.savez(tmp_path / "x-default.npz", logits=np.zeros(1))
     with pytest.raises(AssertionError, match="no registered method"):
         test_fixture(tmp_path / "x-default.json", Request())
+
+
+# --- the checks themselves ------------------------------------------------------------
+
+ALTERED = [  # which of a fixture's arrays are kept; the last of them is altered
+    ("coop-default", "eot"),
+    ("coop-default", "tokens"),
+    ("coop-middle-csc", "tokens"),
+    ("cocoop-default", "text_features_0"),
+    ("kgcoop-default", "loss_ce"),
+    ("kgcoop-default", "trace", "trace_score"),
+    ("prograd-default", "grad_xe/prompt_learner.ctx"),
+    ("prograd-default", "gradnorm_kl/prompt_learner.ctx"),
+    ("prograd-default", "trace", "trace_cosine"),
+    ("dept-coop", "loss_itm"),
+    ("dept-coop", "loss_cat"),
+    ("dept-coop", "logits_cat_train"),
+    ("promptsrc-default", "zero_shot_image_features"),
+    ("promptsrc-default", "terms"),
+    ("caspl-boosting", "tokens"),
+    ("atprompt-coop_front", "tokens"),
+    ("tpt-default", "ctx_init"),
+    ("waffleclip-default", "image_features"),
+]
+
+
+def copied(name, folder, arrays, **changes):
+    """A fixture of this folder with some of its arrays and other entries."""
+    here = Path(__file__).parent / "fixtures" / name
+    fixture = json.loads(here.with_suffix(".json").read_text()) | changes
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(fixture))
+    stored = np.load(here.with_suffix(".npz"))
+    if isinstance(arrays, list | tuple):
+        arrays = {array: stored[array] for array in arrays}
+    np.savez(path.with_suffix(".npz"), **arrays)
+    return path
+
+
+@pytest.mark.parametrize(("name", "kept"), [(n, kept) for n, *kept in ALTERED])
+def test_an_altered_array_fails(name, kept, tmp_path, request):
+    stored = np.load(Path(__file__).parent / "fixtures" / f"{name}.npz")
+    arrays = {array: stored[array].copy() for array in kept}
+    arrays |= {array: arrays[array][:1] for array in kept if array[:5] == "trace"}
+    arrays[kept[-1]].flat[0] += 7
+    if name == "tpt-default":  # compared before any image is
+        changes = {"batch": 1, "n_views": 1}
+    else:
+        changes = {"prompts": {}} if name == "waffleclip-default" else {}
+    path = copied(name, tmp_path, arrays, **changes)
+    with pytest.raises(AssertionError, match=kept[-1].replace("/", ".")):
+        test_fixture(path, request)
+
+
+def test_unknown_arrays_and_traces_without_an_optimizer_fail(tmp_path, request):
+    logits = np.load(Path(__file__).parent / "fixtures" / "coop-default.npz")["logits"]
+    path = copied("coop-default", tmp_path, {"logits": logits, "logits_odd": logits})
+    with pytest.raises(AssertionError, match="not compared: logits_odd"):
+        test_fixture(path, request)
+    path = copied("coop-default", tmp_path, ["logits", "trace"], optimizer=None)
+    with pytest.raises(AssertionError, match="describes no optimizer"):
+        test_fixture(path, request)
+
+
+def test_upl_without_an_ensemble_has_one_member(tmp_path, request):
+    one = {"prompt_learner.ctx/0": {"shape": [16, 512], "std": 0.02}}
+    options = {"template": "a photo of a {}.", "top_k": 3, "n_ctx": 16}
+    kept = ["train_index", "train_label", "logits", "logits/0"]
+    sgd = {"name": "torch.optim.SGD", "lr": 0.002, "steps": 1}
+    changes = {"hyperparameters": options, "parameters": one, "optimizer": sgd}
+    test_fixture(copied("upl-default", tmp_path, kept, **changes), request)
+
+
+def test_recorded_rates_are_the_method_s(tiny_clip):
+    method = from_official("dept(coop)", tiny_clip, ["cat", "dog"], {"N_CTX": 2})
+    for rates in ((0.002, 0.013), (0.013, 0.002)):
+        groups = [{"params": "some", "lr": rate} for rate in rates]
+        assert rate_of(method, {"groups": groups}) == 0.002
+    with pytest.raises(AssertionError, match="no multiple of the method's"):
+        rate_of(method, {"groups": [{"lr": 0.002}, {"lr": 0.02}]})
+
+
+def test_adapters_may_be_numbered_by_their_blocks(tiny_clip):
+    options = {"adapter_layers": [1], "positions": ["attn"], "down_rate": 8}
+    method = from_official("awt", tiny_clip, ["cat"], options | {"num_desc": 2})
+    consecutive = set(method.official_names())
+    by_block = {name.replace(".0.", ".1.") for name in consecutive}
+    assert by_block.isdisjoint(consecutive)
+    assert set(numbered(method, by_block)) == consecutive
+    assert set(numbered(method, by_block).values()) == by_block
+
+
+def test_attributes_are_sampled_of_one_class_by_cosine():
+    fixture = {"attributes": [["a"], ["b"]], "hyperparameters": {}}
+    with pytest.raises(AssertionError, match="one class, not 2"):
+        check_sampling(None, fixture, {})
+    fixture = {"attributes": [["a"]], "hyperparameters": {"mode": "euclidean"}}
+    with pytest.raises(AssertionError, match="not 'euclidean'"):
+        check_sampling(None, fixture, {})
