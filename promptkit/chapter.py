@@ -19,7 +19,6 @@ from promptkit.errors import InputError, unknown
 from promptkit.grids import RECORDER, execute_all, grid, origin
 from promptkit.parameters import names, whole_numbers
 from promptkit.recipe import PROFILES
-from promptkit.results import options_of
 from promptkit.runs import Run, _trained_objects, backbone, measure, plan
 from promptkit.train import History, fit
 from promptkit.workers import sweep_results
@@ -174,9 +173,7 @@ class Chapter:
         parts = []
         keys = pd.Series(list(zip(table["method"], table["options"], strict=True)))
         for name, part in plans.items():
-            wanted = {
-                (p.config["method"], options_of(p.config["overrides"])) for p in part
-            }
+            wanted = {(p.config["method"], p.options) for p in part}
             rows = table[keys.isin(wanted).to_numpy()]
             parts.append(rows.assign(method=name, options=""))
         return pd.concat(parts)

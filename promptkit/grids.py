@@ -219,7 +219,8 @@ def _known(plans, results, shipped):
         found = None if stored is None else run_rows(stored)
         if found is None and shipped:
             found = evidence.find(planned.config)
-        rows += [] if found is None else [found]
+        if found is not None:  # sentences are known by content, a file has any name
+            rows.append(found.assign(options=planned.options))
         todo += [planned] if found is None else []
     return rows, todo, yours
 
@@ -269,7 +270,8 @@ def _made_up(planned):
         for s in splits
     ]
     record = {"config": planned.config, "rows": rows, "versions": {}, "hash": ""}
-    return run_rows(record | {"device": "", "seconds": 0.0, "created": ""})
+    record |= {"device": "", "seconds": 0.0, "created": "", "given": planned.given}
+    return run_rows(record)
 
 
 def _attempt(item, results, force, progress, classes=()):

@@ -203,10 +203,13 @@ def find_run(config: dict, root=None) -> dict | None:
         return None
 
 
-def options_of(overrides: dict) -> str:
-    """What a table calls the overrides of a run: "epochs=10, lr=0.01"."""
+def options_of(overrides: dict, given: str = "") -> str:
+    """What a table calls the overrides of a run, and the sentences it was given:
+    "epochs=10, lr=0.01", "descriptions=birds.json#1f3c5a".
+    """
     as_stored = json.loads(json.dumps(overrides, sort_keys=True))
-    return ", ".join(f"{key}={value}" for key, value in as_stored.items())
+    options = [f"{key}={value}" for key, value in as_stored.items()]
+    return ", ".join([*options, given] if given else options)
 
 
 def run_rows(record: dict) -> pd.DataFrame:
@@ -232,9 +235,8 @@ def run_rows(record: dict) -> pd.DataFrame:
             "model",
         )
     }
-    options = options_of(config.get("overrides", {})), record.get("given")
     shared |= {
-        "options": ", ".join(filter(None, options)),
+        "options": options_of(config.get("overrides", {}), record.get("given", "")),
         "precision": config.get("clip", {}).get("precision", "fp32"),
         "parameters": record.get("parameters"),
         "memory": record.get("memory"),

@@ -33,6 +33,7 @@ from promptkit.results import (
     config_hash,
     find_run,
     harmonic_mean,
+    options_of,
     results_dir,
     run_rows,
     save_run,
@@ -110,6 +111,11 @@ class Plan:
     objects: dict  # name -> a FrozenCLIP, or the Plan of a method to be trained before
     config: dict
     given: str = ""  # which sentences it learns from in place of the datasets' own
+
+    @property
+    def options(self) -> str:
+        """What a table calls its overrides and given sentences."""
+        return options_of(self.config["overrides"], self.given)
 
     def training_set(self):
         """What it is trained on: the drawn few shots, of the base classes in

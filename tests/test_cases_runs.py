@@ -16,6 +16,7 @@ from test_protocols import NAMES, tiny, toy
 
 from promptkit import clip as clip_module
 from promptkit import data, identity, registry, runs
+from promptkit.chapter import Chapter
 from promptkit.clip import FrozenCLIP
 from promptkit.method import Batch, Method
 from promptkit.prompts import Prompt
@@ -268,6 +269,16 @@ def test_runs_on_other_sentences_are_told_apart(room):  # noqa: F811
     assert one.startswith("max_steps=1, descriptions=a.json#") and one[:-6] == two[:-6]
     assert sorted(found["options"].value_counts()) == [1, 2]
     assert {label.partition(" | ")[2] for label in label_of(found)} == {one, two}
+
+
+def test_a_chapter_finds_runs_on_other_sentences(room):  # noqa: F811
+    chapter = Chapter("01_x", "smoke", ["sat"], output=str(room / "results"))
+    entries = {"A": "kapt", "B": ("coop", {"n_ctx": 2})}
+    other = {name: ["a thing"] for name in LOAD_DATASET("sat").classnames}
+    for name in ("a.json", "b.json"):  # the second finds the same runs
+        Path(name).write_text(json.dumps(other))
+        found = chapter.sweep("few-shot", entries, descriptions=name, max_steps=1)
+        assert list(found["method"]) == ["A", "B"]
 
 
 def test_the_datasets_own_sentences_are_no_option():
