@@ -578,6 +578,12 @@ def over_shots(runs: pd.DataFrame, a: str, b: str, shots: Iterable[int]) -> pd.S
     return found.groupby(["dataset", "seed"]).mean().rename(f"{a} - {b}")
 
 
+def per_target(runs: pd.DataFrame) -> pd.DataFrame:
+    """The targets of a transfer as so many tasks; its source is left out."""
+    runs = runs[runs["target"] != runs["dataset"]]
+    return runs.assign(dataset=runs["target"], protocol="few-shot", data="")
+
+
 def label(runs: pd.DataFrame) -> pd.Series:
     """What tables and figures call a row's method: its name, and the options that were
     given to it if any.

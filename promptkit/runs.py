@@ -23,7 +23,6 @@ import torch
 
 from promptkit import costs, data, hyperparameters, identity, probe, registry, train
 from promptkit.clip import FrozenCLIP, load_clip
-from promptkit.data import own
 from promptkit.errors import InputError, unknown
 from promptkit.method import Method
 from promptkit.recipe import TRANSFER, Recipe, Setting
@@ -869,7 +868,7 @@ def evaluate(
         trained = checkpoint
     tables = []
     datasets = datasets if isinstance(datasets, list | tuple) else [datasets]
-    labels = own.labels(datasets)
+    labels = data.own.labels(datasets)
     for dataset in datasets:
         if isinstance(dataset, str):
             given = dict(root=root, classnames=classnames, descriptions=descriptions)

@@ -30,6 +30,7 @@ from promptkit.results import (
     options_of,
     over_shots,
     paper_numbers,
+    per_target,
     read_run,
     run_path,
     run_rows,
@@ -686,6 +687,16 @@ def test_paired_differences():
     one = two_methods().query("seed < 2")  # no spread within a task
     (alone,) = differences(one, "coop", "clip", "base", average=True)
     assert alone == 12
+
+
+def test_the_targets_of_a_transfer_as_tasks():
+    runs = table(record(protocol="cross-dataset", dataset="mini", mini=90, pets=61))
+    found = per_target(runs)
+    assert found[["dataset", "target", "value"]].to_numpy().tolist() == [
+        ["pets", "pets", 61]
+    ]
+    assert set(found["protocol"]) == {"few-shot"}
+    assert (runs["dataset"] == "mini").all()
 
 
 def test_a_seed_that_lacks_a_target_is_left_out():
