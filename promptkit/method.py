@@ -160,6 +160,8 @@ class Method(nn.Module, metaclass=MethodType):
     # "pool", all training images without labels (UPL, PromptKD, CasPL's first stage);
     # "texts" (ProText); "none".
     supervision: ClassVar[str] = "shots"
+    # Whether it reads sentences about the classes that it is tested on (ArGue, KAPT).
+    reads_sentences: ClassVar[bool] = False
     # In a transfer it learns on each target's own images, without labels (PromptKD).
     by_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = True  # whether anything in it is random

@@ -51,7 +51,6 @@ COMPARED = [
 SEEDS = (1, 2, 3, 4, 5)
 LEAST = 3  # seeds that a method has to have for the leaderboard
 LEFT_OUT = ("tpt", "awt")  # of the leaderboard: minutes a run, in their own chapters
-TOLD = ("argue", "kapt")  # that read sentences about the classes they are tested on
 WHERE = {"base": "on base classes", "new": "on new classes", "hm": "in harmonic mean"}
 
 
@@ -597,7 +596,7 @@ def _shown(name) -> str:
         if method == "clip" and options
         else ""
     )
-    told = "†" * (parse(method)[0] in TOLD)
+    told = "†" * methods()[parse(method)[0]].reads_sentences
     return title(method) + (template or "*" * bool(options)) + told
 
 

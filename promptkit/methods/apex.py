@@ -52,7 +52,7 @@ class APEX(IVLP):
         clip: the frozen backbone.
         classnames: the C class names.
         n_ctx, n_ctx_vision: tokens a block that learn, in the text tower the first
-            words of the template.
+            of the template.
         depth: blocks of the text tower with prompts.
         depth_vision: of the image tower; None: as many as the tower with fewer has, 12;
             0: none.
@@ -149,15 +149,21 @@ class APEX(IVLP):
         expect(fine, "template", template, "one sentence with {} for the class name")
         before, hole, after = template.partition("{}")
         words, _, glued = before.rpartition(" ")
+        tokens = len(clip.encode(words))
         expect(
-            n_ctx <= len(words.split()),
+            n_ctx <= tokens,
             "n_ctx",
             n_ctx,
-            f"at most the {len(words.split())} words of {template!r} before the class"
-            " name, which they replace",
+            f"at most the {tokens} tokens of {template!r} before the class name, which"
+            " they replace",
         )
         self.context = Context(
-            clip, self.classnames, n_ctx, words=words, ending=glued + hole + after
+            clip,
+            self.classnames,
+            n_ctx,
+            words=words,
+            ending=glued + hole + after,
+            overwrite=True,
         )
         expect(beta >= 0, "beta", beta, "at least 0")
         expect(threshold >= 0, "threshold", threshold, "at least 0")

@@ -131,6 +131,7 @@ class ArGue(Method):
     year = 2023
     paper = "2311.16494"
     kind = "prompt"
+    reads_sentences = True
     picture = Picture(
         text=("SOS", learned("$v_1$ … $v_M$"), "[class]", "which has …", ".", "EOT"),
         image_blocks={0: learned("layer norms")},

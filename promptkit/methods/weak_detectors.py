@@ -98,7 +98,7 @@ class WeakDetectors(Plugin):
     paper = "2404.00603"
     kind = "test-time"
     picture = Picture(
-        heads=(Head("cosine with “a photo of a”", ("image",)),),
+        heads=(Head("cosine with a hand-written prompt", ("image",)),),
         fusion="at test time, image by image, the surer has more weight",
         targets=(),
     )
