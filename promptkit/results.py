@@ -55,6 +55,7 @@ IDENTITY = [
 ]
 COLUMNS = [
     *IDENTITY,
+    "weights",
     "value",
     "hash",
     "device",
@@ -238,6 +239,7 @@ def run_rows(record: dict) -> pd.DataFrame:
     shared |= {
         "options": options_of(config.get("overrides", {}), record.get("given", "")),
         "precision": config.get("clip", {}).get("precision", "fp32"),
+        "weights": config.get("clip", {}).get("fingerprint", "")[:6],
         "parameters": record.get("parameters"),
         "memory": record.get("memory"),
         **{key: record[key] for key in ("hash", "device", "seconds", "created")},
@@ -376,7 +378,8 @@ def _by_seed(rows):
 
 def _told_apart(runs):
     """Data of one name whose contents differ, such as a folder before and after its
-    labels were corrected, get a part of their digest behind the name; the column
+    labels were corrected, get a part of their digest behind the name, and so do models
+    of one name whose weights differ, as after a file was replaced; the column
     ``latest`` says of each row whether its data are those that were measured last.
     """
     runs = runs.reset_index(drop=True)
@@ -393,6 +396,12 @@ def _told_apart(runs):
             several = several & (runs["target"] != runs["dataset"])
         names = runs[column].where(~several, runs[column] + "#" + runs["data"].str[:6])
         runs = runs.assign(**{column: names})
+    if "weights" in runs:  # shipped runs are of the weights that ship, and name none
+        weights = runs["weights"].replace("", None)
+        several = weights.groupby(runs["model"]).transform("nunique") > 1
+        plain = weights.isna() | ~several
+        named = runs["model"].where(plain, runs["model"] + "#" + weights)
+        runs = runs.assign(model=named)
     return runs
 
 

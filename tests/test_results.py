@@ -313,6 +313,23 @@ def test_averages_take_the_newest_content_of_data_alone():
     ]
 
 
+def test_weights_that_were_replaced_are_another_model():
+    """Seeds that were measured with the old file never stand in an average with those
+    of the new one; shipped rows, which name no weights, stay as they are.
+    """
+    measured = [(50, 1, "aaa"), (60, 2, "aaa"), (80, 3, "bbb"), (70, 4, "")]
+    runs = table(
+        *(
+            record(all=value, seed=seed, protocol="few-shot")
+            for value, seed, _ in measured
+        )
+    ).assign(weights=[weights for *_, weights in measured])
+    found = summarise(runs, average=False).set_index("model")["mean"].to_dict()
+    assert found == {"mini#aaa": 55, "mini#bbb": 80, "mini": 70}
+    one = summarise(runs[runs["weights"] != "aaa"], average=False)
+    assert one["model"].tolist() == ["mini"] and one["mean"].item() == 75
+
+
 def test_average_interval_is_over_seeds_within_tasks():
     runs = table(
         *(
