@@ -293,12 +293,20 @@ def _spelt(cls, name, exactly):
 # --- saved methods --------------------------------------------------------------------
 
 
+def at_test(spec: str) -> tuple[str, ...]:
+    """The hyperparameters of a method that change its answers alone and nothing of its
+    training: runs that differ in them share what they train.
+    """
+    return getattr(nesting(spec)[0], "at_test", ())
+
+
 def load_method(
     path,
     clip: FrozenCLIP | None = None,
     *,
     pretrained: str | None = None,
     device=None,
+    hparams: dict | None = None,
     **how,
 ) -> Method:
     """Read a method that ``Method.save`` wrote. Nothing is unpickled.
@@ -308,11 +316,19 @@ def load_method(
         pretrained, device, how: from these weights instead of the recorded ones, onto
             this device, and how to read them (``like``, ``quickgelu``), as
             :func:`~promptkit.clip.load_clip` takes them.
+        hparams: hyperparameters in place of stored ones, of those that training does
+            not depend on (``at_test``, such as APEX's beta).
 
     Raises:
-        InputError: the file is missing or damaged, or belongs to another backbone.
+        InputError: the file is missing or damaged, or belongs to another backbone; a
+            hyperparameter is unknown, or shaped the training.
     """
     about, state = _read(path)
+    if hparams:
+        free = at_test(about["method"])
+        for name in set(hparams) - set(free):
+            raise unknown(f"hyperparameter of {about['method']} at test", name, free)
+        about["hparams"] = about["hparams"] | hparams
     asked = {"pretrained": pretrained, **how}
     try:
         clip = clip or _backbone(about["clip"], device, asked)

@@ -687,8 +687,9 @@ def _forget_features(plan):
 
 
 def _trained(plan, results, progress, force):
-    """The trained method, the targets that it can serve, and its history; the two
-    transfer protocols share what they train through a file.
+    """The trained method, the targets that it can serve, and its history. The two
+    transfer protocols, and runs that differ in what is set at test time alone, share
+    what they train through a file.
     """
     dataset, run = plan.training_set(), plan.run
     targets = plan.targets
@@ -697,7 +698,7 @@ def _trained(plan, results, progress, force):
         targets = _served(plan, dataset, others)
     shared = checkpoint = None
     if results is not False and plan.recipe.trains:
-        if run.protocol in TRANSFER:
+        if run.protocol in TRANSFER or registry.at_test(run.method):
             shared = _shared_file(plan, results)
         if run.profile == "full":
             name = f"{config_hash(plan.config)}.pt"
@@ -705,7 +706,7 @@ def _trained(plan, results, progress, force):
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
     def read():
-        method = load_method(shared, plan.clip)
+        method = load_method(shared, plan.clip, hparams=_at_test(plan))
         method.aim(plan.source)
         known = json.loads(shared.with_suffix(".json").read_text())
         return method, targets, History(**known)
@@ -759,13 +760,34 @@ def _served(plan, dataset, others):
     return served
 
 
-def _shared_file(plan, results):
-    """Where the transfer protocols keep what they train: neither protocol nor targets
-    matter to it.
+def _at_test(plan):
+    """What a run sets, or leaves as it is, of the hyperparameters that matter to its
+    answers alone.
     """
-    leave = ("protocol", "targets", "data", "texts")
-    same = {key: value for key, value in plan.config.items() if key not in leave}
-    same |= {"data": plan.source.identity, "texts": plan.config["texts"][0]}
+    defaults = nesting(plan.run.method)[0].hyperparameters()
+    return {
+        name: plan.recipe.hparams.get(name, defaults[name][1])
+        for name in registry.at_test(plan.run.method)
+    }
+
+
+def _shared_file(plan, results):
+    """Where runs keep what they train for others: targets do not matter to it, nor what
+    is set at test time alone; nor the protocol, where it is one of transfer.
+    """
+    config, recipe = plan.config, plan.config["recipe"]
+    free = registry.at_test(plan.run.method)
+
+    def without(given, *names):
+        return {key: value for key, value in given.items() if key not in names}
+
+    same = without(config, "targets", "data", "texts")
+    same |= {"data": plan.source.identity, "texts": config["texts"][0]}
+    if plan.run.protocol in TRANSFER:
+        del same["protocol"]
+    if free:
+        same["overrides"] = without(config["overrides"], *free)
+        same["recipe"] = recipe | {"hparams": without(recipe["hparams"], *free)}
     return results_dir(results) / "trained" / f"{config_hash(same)}.safetensors"
 
 

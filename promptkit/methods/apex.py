@@ -73,6 +73,7 @@ class APEX(IVLP):
     paper = "2311.15569"
     kind = "prompt and adapter"
     reads_at_test = "images+features"
+    at_test = ("beta", "threshold", "ensemble", "alpha")
     picture = Picture(
         text=("SOS", learned("$v_1$ $v_2$"), "of a", "[class]", ".", "EOT"),
         image=("CLS", "patches of the image", learned("$q_0$")),

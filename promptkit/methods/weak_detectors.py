@@ -103,6 +103,7 @@ class WeakDetectors(Plugin):
         targets=(),
     )
     hosts = ("coop", "prograd", "kgcoop")
+    at_test = ("detector", "sharpness", "template")
     from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "mode": "detector",  # with the sharpness behind it, as in "SOFTmsp_64"
