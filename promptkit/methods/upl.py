@@ -242,11 +242,11 @@ def select(
     elif rule == "global":
         keep = torch.arange(len(order)) < (k * p.shape[1] if k >= 0 else len(order))
     else:
-        one = F.one_hot(label, p.shape[1])  # (N, C)
-        rank = one.cumsum(dim=0).gather(1, label[:, None])[:, 0]  # 1, 2, ... in a class
-        keep = rank <= k if k >= 0 else torch.ones_like(rank, dtype=torch.bool)
+        by_class = label.argsort(stable=True)
+        order, label = order[by_class], label[by_class]
+        counts = label.bincount(minlength=p.shape[1])
+        rank = torch.arange(len(label)) - (counts.cumsum(0) - counts)[label]  # 0, 1, ..
+        keep = rank < k if k >= 0 else torch.ones_like(rank, dtype=torch.bool)
         if rule == "per_class_or_threshold":
             keep |= confidence[order] > threshold
-        by_class = label.argsort(stable=True)
-        order, keep, label = order[by_class], keep[by_class], label[by_class]
     return order[keep], label[keep], confidence[order][keep]
