@@ -264,7 +264,8 @@ class ATPrompt(Plugin):
     @classmethod
     def recipe(cls, setting):
         """The paper's, by the innermost host and the dataset; over other hosts than
-        CoOp, CoCoOp and MaPLe theirs, with the attributes of the dataset.
+        CoOp, CoCoOp and MaPLe theirs, with the attributes of the dataset and, as T
+        starts at random, without words of the host's own.
         """
         recipe, data, cross = setting.host.recipe, setting.dataset, setting.transfer
         own = {"attributes": ATTRIBUTES.get(data, DEFAULT).split()}
@@ -286,6 +287,10 @@ class ATPrompt(Plugin):
                 long = ("caltech101", "oxford_pets", "oxford_flowers", "eurosat")
                 epochs = 10 if data in long else 5
                 recipe = replace(recipe, hparams=context, epochs=epochs)
+            case ("kgcoop",) | ("promptsrc",):
+                recipe = replace(recipe, hparams=recipe.hparams | context)
+            case ("prograd",):  # its words are those of its template
+                recipe = replace(recipe, hparams=recipe.hparams | {"words": False})
         return replace(recipe, hparams=own | {"host": recipe.hparams})
 
 
