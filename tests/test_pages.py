@@ -56,6 +56,7 @@ def test_leaderboard(tmp_path, monkeypatch):
             rows("kgcoop", 75, 66),
             rows("dept(coop)", 85, 55),
             rows(host, 82, 51, overrides),
+            rows("upl", 70, 64, {"members": 4}),  # as it is ranked
             rows("prograd", 70, 60).query("seed < 3"),
         ]
     )
@@ -70,6 +71,7 @@ def test_leaderboard(tmp_path, monkeypatch):
         "CoOp* (DePT)",
         "KgCoOp",
         "DePT + CoOp",
+        "UPL",
     }
     values = [float(row[3]) for row in found]
     assert values == sorted(values, reverse=True)
@@ -122,6 +124,8 @@ def test_what_the_leaderboard_asks_for():
     assert all(keys.count(key) == 1 for key in keys)  # nothing is asked twice
     found = {name.partition("(")[0] for name, _ in names}
     assert found == set(methods()) - set(pages.LEFT_OUT)
+    given = {p.config["method"]: p.run.overrides for p in plans}
+    assert given["upl"] == {"members": 4} and given["promptkd"] == {"epochs": 20}
 
 
 def test_claims(tmp_path):
