@@ -197,6 +197,16 @@ def test_recipes_follow_host_and_dataset():
     assert ours.hparams["lr_factor"] == 1.0
     assert ours.hparams["host"]["host"]["n_ctx"] == 4
     assert ours.hparams["host"]["attributes"] == ["precision"]
+    # the same model, the other way round
+    inside = of("atprompt(dept(coop))", "ucf101")
+    assert (inside.epochs, inside.lr) == (ours.epochs, ours.lr)
+    assert inside.hparams["attributes"] == ["precision"]
+    assert inside.hparams["host"] == {
+        "lam": 0.5,
+        "lr_factor": 1.0,
+        "host": {"n_ctx": 4},
+    }
+    assert of("dept(atprompt(coop))", "imagenet").hparams["host"]["host"]["n_ctx"] == 2
 
 
 @pytest.mark.parametrize(

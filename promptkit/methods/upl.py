@@ -93,10 +93,19 @@ class UPL(CoOp):
             ("RN50",),
             (),
             "UPL: its 16 runs",
+            "The settings of few-shot. In base-to-new the pool has images of all"
+            " classes; a transfer learns on the source's.",
+            extrapolation=True,
+        )
+    ) | {
+        "few-shot": Published(
+            ("RN50",),
+            (),
+            "UPL: its 16 runs",
             "All images for training, without labels, and all classes: none is new to"
             " it.",
         )
-    )
+    }
 
     def __init__(
         self,
