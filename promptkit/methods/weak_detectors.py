@@ -116,7 +116,7 @@ class WeakDetectors(Plugin):
         usual(
             "VLPT-OOD: its scripts",
             "The host's own training: CoOp and ProGrad 50 epochs with 16 vectors,"
-            " KgCoOp 100. The largest probability at W = 64.",
+            " KgCoOp 100, batches of 32. The largest probability at W = 64.",
         )
     ) | {
         "cross-dataset": usual(
@@ -285,7 +285,10 @@ class WeakDetectors(Plugin):
         if setting.host.spec in ("coop", "prograd"):
             hparams = recipe.hparams["host"] | {"n_ctx": 16}
             hparams.pop("init", None)
+            hparams.pop("lam", None)  # ProGrad's is 1 in these runs
             return replace(recipe, hparams={"host": hparams}, epochs=50)
+        if setting.host.spec == "kgcoop":
+            return replace(recipe, batch_size=32)
         return recipe
 
 
