@@ -472,8 +472,10 @@ def paper_numbers(variants=False, **filters) -> pd.DataFrame:
     ``metric`` is "base", "new", "hm" or "accuracy", values in percent and as printed,
     misprints included. In cross-dataset and domain-generalization rows ``dataset`` is
     the target; the source is ImageNet. ``dataset="average"`` rows are the averages that
-    the paper prints over the datasets of the protocol, "average_8" those over eight
-    datasets of its own choice. A method that needs no labels has 0 shots.
+    the paper prints over the datasets of the protocol. Those over datasets of its own
+    choice are "average_3", "average_4", "average_5", "average_8" and "average_10", by
+    their number: "average_4" of TPT's rows is that of the four shifts, and LoGoPrompt's
+    "average_5" includes the source. A method that needs no labels has 0 shots.
 
     ``variant`` is empty for a method as its paper runs it, and tells ablations,
     teachers and other authors' reruns apart ("rerun", "without selection", "64 images a

@@ -115,6 +115,23 @@ def test_leaderboard(tmp_path, monkeypatch):
         pages.leaderboard(tmp_path / "book")
 
 
+def test_reported_numbers_are_the_papers_own(tmp_path):
+    names = "clip coop kgcoop dept(coop) clip_adapter prograd qnet logoprompt".split()
+    runs = pd.concat([rows(name, 80 - n, 60) for n, name in enumerate(names)])
+    page = pages.leaderboard(tmp_path / "book", runs).read_text()
+    found = dict(re.findall(r"^\| ([^|]+?) \|.* \| ([\d.]*) \|$", page, re.MULTILINE))
+    assert found == {
+        "Zero-shot CLIP": "71.70",  # with CoOp's, of CoCoOp's paper
+        "CoOp": "71.66",
+        "KgCoOp": "77.00",
+        "DePT + CoOp": "77.29",
+        "CLIP-Adapter": "",  # others reran these two
+        "ProGrad": "",
+        "QNet-style, reconstructed": "",
+        "LoGoPrompt": "",
+    }
+
+
 def test_what_the_leaderboard_asks_for():
     plans = pages.asked(["sat"], [1, 2])
     names = [(p.config["method"], p.config["seed"]) for p in plans]
