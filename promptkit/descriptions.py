@@ -234,7 +234,8 @@ def by_class(ours: dict, official: dict, classnames: list[str], *names: str) -> 
                 if found[name].setdefault(classname, of_class) != of_class:
                     raise InputError(
                         f"{name} differ for two classes that are both called"
-                        f" {classname!r}: texts are found by the class name here"
+                        f" {classname!r}: texts are found by the class name here, so"
+                        " give both the same ones, or the classes different names"
                     )
     return found
 

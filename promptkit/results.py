@@ -398,7 +398,8 @@ def _told_apart(runs):
         runs = runs.assign(**{column: names})
     if "weights" in runs:  # shipped runs are of the weights that ship, and name none
         weights = runs["weights"].replace("", None)
-        several = weights.groupby(runs["model"]).transform("nunique") > 1
+        models = [runs["model"], runs["precision"]]
+        several = weights.groupby(models).transform("nunique") > 1
         plain = weights.isna() | ~several
         named = runs["model"].where(plain, runs["model"] + "#" + weights)
         runs = runs.assign(model=named)
@@ -613,12 +614,27 @@ def _side(runs, name):
             f" {', '.join(sorted(set(names))) or 'none at all'}"
         )
     keys = ["protocol", "dataset", "target", "split", "shots", "seed"]
+    rows = newest_weights(rows)
     if rows.duplicated(keys).any():
         raise InputError(
             f"several runs of {name!r} measure the same; name one as 'method |"
             " options', or filter the rows"
         )
     return rows[[*keys, "value"]]
+
+
+def newest_weights(runs):
+    """The rows of those weights of each model that were measured last, and rows that
+    name none; a comparison never joins seeds of replaced weights.
+    """
+    if "weights" not in runs or not runs["weights"].fillna("").any():
+        return runs
+    runs = runs.reset_index(drop=True)
+    in_time = runs.sort_values("created", kind="stable") if "created" in runs else runs
+    named = in_time["weights"].replace("", None)
+    models = [in_time["model"], in_time.get("precision", in_time["model"])]
+    last = named.groupby(models).transform("last").reindex(runs.index)
+    return runs[runs["weights"].fillna("").isin(["", None]) | runs["weights"].eq(last)]
 
 
 def _of_averages(pairs):

@@ -232,7 +232,10 @@ def test_bad_options(tiny_clip, spec, options, message):
 
 
 @pytest.mark.parametrize(
-    "host", ["coop", "cocoop", "kgcoop", "prograd", "maple", "promptsrc"]
+    "host",
+    ["coop", "cocoop", "kgcoop", "prograd", "maple", "promptsrc", "ivlp", "qnet"]
+    + ["dept(coop)", "dept(kgcoop)", "dept(prograd)", "dept(maple)"]
+    + ["textrefiner(kgcoop)", "tcp(coop)"],
 )
 def test_the_host_alone_starts_as_it_does_with_attributes(tiny_clip, host):
     """What a comparison at equal settings needs: the same lengths, and random vectors

@@ -57,6 +57,7 @@ def test_leaderboard(tmp_path, monkeypatch):
             rows("dept(coop)", 85, 55),
             rows(host, 82, 51, overrides),
             rows("upl", 70, 64, {"members": 4}),  # as it is ranked
+            rows("upl", 10, 10),
             rows("prograd", 70, 60).query("seed < 3"),
         ]
     )
@@ -73,6 +74,7 @@ def test_leaderboard(tmp_path, monkeypatch):
         "DePT + CoOp",
         "UPL",
     }
+    assert float(dict((name, base) for name, base, *_ in found)["UPL"]) > 70
     values = [float(row[3]) for row in found]
     assert values == sorted(values, reverse=True)
     assert re.search(

@@ -325,6 +325,12 @@ def test_weights_that_were_replaced_are_another_model():
     assert found == {"mini#aaa": 55, "mini#bbb": 80, "mini": 70}
     one = summarise(runs[runs["weights"] != "aaa"], average=False)
     assert one["model"].tolist() == ["mini"] and one["mean"].item() == 75
+    half = runs.assign(precision=["fp32", "fp32", "bf16", "fp32"])  # the same file
+    assert set(summarise(half, average=False)["model"]) == {"mini"}
+    # A comparison takes the newest weights, and never joins the two.
+    other = runs.assign(method="kgcoop", value=10.0)
+    found = differences(pd.concat([runs, other]), runs["method"][0], "kgcoop")
+    assert sorted(found) == [60, 70]
 
 
 def test_average_interval_is_over_seeds_within_tasks():

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from promptkit.errors import InputError, expect
-from promptkit.method import Method, register
+from promptkit.method import REGISTRY, Method, register
 from promptkit.methods.coop import check_words
 from promptkit.methods.dept import with_attributes
 from promptkit.picture import Picture, learned
@@ -291,13 +291,25 @@ class ATPrompt(Plugin):
                 epochs = 10 if data in long else 5
                 recipe = replace(recipe, hparams=context, epochs=epochs)
             case ("dept", "coop"):  # the same model as dept(atprompt(coop))
-                theirs, dept = with_attributes(data)
+                theirs, dept = with_attributes(setting)
                 recipe = replace(recipe, hparams=dept | {"host": theirs})
-            case ("kgcoop",) | ("promptsrc",):
-                recipe = replace(recipe, hparams=recipe.hparams | context)
-            case ("prograd",):  # its words are those of its template
-                recipe = replace(recipe, hparams=recipe.hparams | {"words": False})
+            case names:
+                hparams = _wordless(recipe.hparams, names)
+                recipe = replace(recipe, hparams=hparams)
         return replace(recipe, hparams=own | {"host": recipe.hparams})
+
+
+def _wordless(hparams: dict, names: tuple[str, ...]) -> dict:
+    """Hyperparameters of nested hosts, of which the innermost starts at random, with as
+    many tokens as its words had.
+    """
+    if len(names) > 1:
+        return hparams | {"host": _wordless(hparams.get("host", {}), names[1:])}
+    known = REGISTRY[names[0]].hyperparameters()
+    if "init" not in known:  # ProGrad's words are those of its template
+        return hparams | ({"words": False} if "words" in known else {})
+    four = {"n_ctx": 4} if known["n_ctx"][1] is None else {}
+    return four | hparams | {"init": ""}
 
 
 def check_attributes(words: list[str], lengths: list[int], n_att) -> None:

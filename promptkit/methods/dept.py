@@ -219,7 +219,7 @@ class DePT(TrainedRows, Plugin):
             "maple": {"n_ctx": 2},
         }
         if setting.host.names == ("atprompt", "coop"):
-            published["coop"], own = with_attributes(setting.dataset)
+            published["coop"], own = with_attributes(setting)
         if name in published:
             batch_size, lr = (1, 0.002) if name == "cocoop" else (4, 0.0035)
             depth = len(setting.host.names) - 1
@@ -230,15 +230,15 @@ class DePT(TrainedRows, Plugin):
         return replace(recipe, hparams=own | {"host": recipe.hparams})
 
 
-def with_attributes(dataset: str) -> tuple[dict, dict]:
+def with_attributes(setting) -> tuple[dict, dict]:
     """What ATPrompt's paper sets where attributes and DePT are together over CoOp:
     CoOp's hyperparameters and DePT's. (Of ImageNet's base-to-new runs it tells nothing:
     there they are its script's defaults.)
     """
-    short = dataset in ("oxford_pets", "stanford_cars", "imagenet")
+    short = setting.dataset in ("oxford_pets", "stanford_cars", "imagenet")
     lam = {"caltech101": 0.6, "dtd": 0.6, "stanford_cars": 0.6, "ucf101": 0.5}
-    own = {"lam": lam.get(dataset, 0.7), "lr_factor": 1.0}
-    return {"n_ctx": 2 if short else 4}, own
+    own = {"lam": lam.get(setting.dataset, 0.7), "lr_factor": 1.0}
+    return {"n_ctx": 2 if short and not setting.transfer else 4}, own
 
 
 def _innermost(hparams, depth, own):

@@ -249,12 +249,15 @@ def select(
     if rule == "threshold":
         keep = confidence[order] > threshold
     elif rule == "global":
-        keep = torch.arange(len(order)) < (k * p.shape[1] if k >= 0 else len(order))
+        keep = torch.arange(len(order), device=order.device) < (
+            k * p.shape[1] if k >= 0 else len(order)
+        )
     else:
         by_class = label.argsort(stable=True)
         order, label = order[by_class], label[by_class]
         counts = label.bincount(minlength=p.shape[1])
-        rank = torch.arange(len(label)) - (counts.cumsum(0) - counts)[label]  # 0, 1, ..
+        rank = torch.arange(len(label), device=label.device)
+        rank = rank - (counts.cumsum(0) - counts)[label]  # 0, 1, ... in a class
         keep = rank < k if k >= 0 else torch.ones_like(rank, dtype=torch.bool)
         if rule == "per_class_or_threshold":
             keep |= confidence[order] > threshold
