@@ -234,8 +234,7 @@ def by_class(ours: dict, official: dict, classnames: list[str], *names: str) -> 
                 if found[name].setdefault(classname, of_class) != of_class:
                     raise InputError(
                         f"{name} differ for two classes that are both called"
-                        f" {classname!r}: texts are found by the class name here, so"
-                        " give both the same ones, or the classes different names"
+                        f" {classname!r}: texts are found by the class name here"
                     )
     return found
 
