@@ -33,7 +33,7 @@ from promptkit.data.benchmark import DATASETS
 from promptkit.data.benchmark import TABLE as BENCHMARK
 from promptkit.errors import InputError, unknown
 from promptkit.files import some, write_atomically
-from promptkit.recipe import TRANSFER, Recipe, Setting
+from promptkit.recipe import Recipe, Setting
 from promptkit.registry import nesting, recipe, supervision
 from promptkit.results import PROBE, run_path
 
@@ -355,7 +355,7 @@ class Costs:
     def total(self, plans: Iterable) -> tuple[float, list[str]]:
         """Seconds of several plans together, and the methods of those whose cost is not
         known, which are left out. What the two transfer protocols share is trained
-        once.
+        once, and so is what runs share that differ at test time alone.
         """
         seconds, left_out, trained = 0.0, set(), set()
         for plan in plans:
@@ -366,11 +366,10 @@ class Costs:
                 left_out.add(run.method)
                 continue
             seconds += cost.testing
-            key = run.method, plan.source.name, run.shots, run.seed, repr(plan.recipe)
-            if run.protocol not in TRANSFER or key not in trained:
+            key = plan.training, run.protocol if plan.students else ""
+            if key not in trained:
                 seconds += cost.training
-            if run.protocol in TRANSFER:
-                trained.add(key)
+            trained.add(key)
         return seconds, sorted(left_out)
 
     def _measured(self, method, what):

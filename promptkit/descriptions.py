@@ -209,13 +209,33 @@ def by_class(ours: dict, official: dict, classnames: list[str], *names: str) -> 
     Args:
         ours: hyperparameters by our names.
         official: what the configuration holds.
+
+    Raises:
+        InputError: a list is not as long as its classes, or two classes of one name
+            have different texts.
     """
-    every = [*classnames, *(official.get("new_classnames") or [])]
+    new = official.get("new_classnames") or []
     found = dict(ours)
     for name in names:
-        if isinstance(ours.get(name), list):
-            texts = [*ours[name], *(official.get(f"new_{name}") or [])]
-            found[name] = dict(zip(every, texts, strict=False))
+        if not isinstance(ours.get(name), list):
+            continue
+        found[name] = {}
+        lists = {name: classnames}
+        if official.get(f"new_{name}"):
+            lists[f"new_{name}"] = new
+        for key, classes in lists.items():
+            texts = ours[name] if key == name else official[key]
+            if len(texts) != len(classes):
+                raise InputError(
+                    f"{key} has texts for {len(texts)} classes, and there are"
+                    f" {len(classes)}: give one item a class"
+                )
+            for classname, of_class in zip(classes, texts, strict=True):
+                if found[name].setdefault(classname, of_class) != of_class:
+                    raise InputError(
+                        f"{name} differ for two classes that are both called"
+                        f" {classname!r}: texts are found by the class name here"
+                    )
     return found
 
 

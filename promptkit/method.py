@@ -122,6 +122,9 @@ class Method(nn.Module, metaclass=MethodType):
     Everything else that is made from class names is made in :meth:`set_classes`, or is
     a ``cached_property``, which is forgotten whenever the classes change.
 
+    A subclass may list in ``at_test`` the hyperparameters that change its answers alone
+    and nothing of its training: runs that differ in them are trained once.
+
     Args:
         clip: the frozen backbone. It stays out of the module tree: ``parameters()`` and
             ``state_dict()`` hold what the method itself learns or remembers.
@@ -160,6 +163,8 @@ class Method(nn.Module, metaclass=MethodType):
     # "pool", all training images without labels (UPL, PromptKD, CasPL's first stage);
     # "texts" (ProText); "none".
     supervision: ClassVar[str] = "shots"
+    # Whether it reads sentences about the classes that it is tested on (ArGue, KAPT).
+    reads_sentences: ClassVar[bool] = False
     # In a transfer it learns on each target's own images, without labels (PromptKD).
     by_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = True  # whether anything in it is random

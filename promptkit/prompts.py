@@ -378,6 +378,8 @@ class Context(nn.Module):
         generator (torch.Generator | None): where the random initialisation comes from,
             on the CPU.
         ending (str): the text that holds the class name, such as "{}, a type of pet.".
+        overwrite (bool): of the words the first M tokens learn, however many words they
+            are: the written prompt's positions are overwritten (MaPLe, APEX).
 
     Attributes:
         vectors (Parameter): (M, D), or (C, M, D) when class-specific.
@@ -404,6 +406,7 @@ class Context(nn.Module):
         std: float = 0.02,
         generator: torch.Generator | None = None,
         ending: str = "{}.",
+        overwrite: bool = False,
     ):
         super().__init__()
         if position not in POSITIONS:
@@ -439,7 +442,11 @@ class Context(nn.Module):
             )
         if words:
             ids = clip.encode(words)
-            known = min(len(words.split()), len(ids), length or len(ids))
+            known = min(
+                len(ids) if overwrite else len(words.split()),
+                len(ids),
+                length or len(ids),
+            )
             length = length or known
             self._extra = ids[known:]
             vectors = nn.functional.pad(
@@ -562,7 +569,7 @@ def overwriting_context(
         raise InputError(
             f"n_ctx must be at most the {tokens} tokens of init={init!r}, got {n_ctx}"
         )
-    return Context(clip, classnames, n_ctx, words=init or None)
+    return Context(clip, classnames, n_ctx, words=init or None, overwrite=True)
 
 
 def _short(name: str) -> str:

@@ -4,7 +4,7 @@ A method says so in its class attribute ``published``, one entry a protocol, and
 book's page *Recipes and their sources* is made from it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from promptkit.errors import unknown
 from promptkit.recipe import PROTOCOLS, TRANSFER
@@ -103,9 +103,16 @@ def everywhere(published: Published) -> dict[str, Published]:
     return dict.fromkeys(PROTOCOLS, published)
 
 
-def transfer(published: Published) -> dict[str, Published]:
-    """The same run behind the recipes of both protocols that train on ImageNet."""
-    return dict.fromkeys(TRANSFER, published)
+def transfer(published: Published, shifts_alone=False) -> dict[str, Published]:
+    """The same run behind the recipes of both protocols that train on ImageNet.
+
+    Args:
+        shifts_alone: other datasets than its shifted versions were never tested.
+    """
+    found = dict.fromkeys(TRANSFER, published)
+    if shifts_alone:
+        found["cross-dataset"] = replace(published, extrapolation=True)
+    return found
 
 
 def table(methods: dict, protocols=PROTOCOLS) -> str:

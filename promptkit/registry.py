@@ -293,12 +293,40 @@ def _spelt(cls, name, exactly):
 # --- saved methods --------------------------------------------------------------------
 
 
+def at_test(spec: str) -> tuple[str, ...]:
+    """The hyperparameters of a method that change its answers alone and nothing of its
+    training: runs that differ in them share what they train. A class that extends
+    another one says so for itself.
+
+    Raises:
+        InputError: the class lists something else than its hyperparameters.
+    """
+    cls = nesting(spec)[0]
+    free = vars(cls).get("at_test", ())
+    if not isinstance(free, tuple) or set(free) - set(cls.hyperparameters()):
+        raise InputError(
+            f"at_test of {cls.name} must be a tuple of its hyperparameters, not"
+            f" {free!r}"
+        )
+    return free
+
+
+def saved_spec(path) -> str:
+    """The method that ``Method.save`` wrote into a file, as ``build`` takes it.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    return _read(path)[0]["method"]
+
+
 def load_method(
     path,
     clip: FrozenCLIP | None = None,
     *,
     pretrained: str | None = None,
     device=None,
+    hparams: dict | None = None,
     **how,
 ) -> Method:
     """Read a method that ``Method.save`` wrote. Nothing is unpickled.
@@ -308,11 +336,23 @@ def load_method(
         pretrained, device, how: from these weights instead of the recorded ones, onto
             this device, and how to read them (``like``, ``quickgelu``), as
             :func:`~promptkit.clip.load_clip` takes them.
+        hparams: hyperparameters in place of stored ones, of those that training does
+            not depend on (``at_test``, such as APEX's beta); None follows the dataset
+            from the next ``aim`` on.
 
     Raises:
-        InputError: the file is missing or damaged, or belongs to another backbone.
+        InputError: the file is missing or damaged, or belongs to another backbone; a
+            hyperparameter is unknown, or shaped the training.
     """
     about, state = _read(path)
+    if hparams:
+        free = at_test(about["method"])
+        if shaping := set(hparams) - set(free):
+            raise InputError(
+                f"{path}: {', '.join(sorted(shaping))} of {about['method']} cannot be"
+                f" changed after training; {', '.join(free) or 'nothing'} can"
+            )
+        about["hparams"] = about["hparams"] | hparams
     asked = {"pretrained": pretrained, **how}
     try:
         clip = clip or _backbone(about["clip"], device, asked)

@@ -55,6 +55,7 @@ IDENTITY = [
 ]
 COLUMNS = [
     *IDENTITY,
+    "weights",
     "value",
     "hash",
     "device",
@@ -238,6 +239,7 @@ def run_rows(record: dict) -> pd.DataFrame:
     shared |= {
         "options": options_of(config.get("overrides", {}), record.get("given", "")),
         "precision": config.get("clip", {}).get("precision", "fp32"),
+        "weights": config.get("clip", {}).get("fingerprint", "")[:6],
         "parameters": record.get("parameters"),
         "memory": record.get("memory"),
         **{key: record[key] for key in ("hash", "device", "seconds", "created")},
@@ -376,7 +378,8 @@ def _by_seed(rows):
 
 def _told_apart(runs):
     """Data of one name whose contents differ, such as a folder before and after its
-    labels were corrected, get a part of their digest behind the name; the column
+    labels were corrected, get a part of their digest behind the name, and so do models
+    of one name whose weights differ, as after a file was replaced; the column
     ``latest`` says of each row whether its data are those that were measured last.
     """
     runs = runs.reset_index(drop=True)
@@ -393,6 +396,13 @@ def _told_apart(runs):
             several = several & (runs["target"] != runs["dataset"])
         names = runs[column].where(~several, runs[column] + "#" + runs["data"].str[:6])
         runs = runs.assign(**{column: names})
+    if "weights" in runs:  # shipped runs are of the weights that ship, and name none
+        weights = runs["weights"].replace("", None)
+        models = [runs["model"], runs["precision"]]
+        several = weights.groupby(models).transform("nunique") > 1
+        plain = weights.isna() | ~several
+        named = runs["model"].where(plain, runs["model"] + "#" + weights)
+        runs = runs.assign(model=named)
     return runs
 
 
@@ -463,8 +473,10 @@ def paper_numbers(variants=False, **filters) -> pd.DataFrame:
     ``metric`` is "base", "new", "hm" or "accuracy", values in percent and as printed,
     misprints included. In cross-dataset and domain-generalization rows ``dataset`` is
     the target; the source is ImageNet. ``dataset="average"`` rows are the averages that
-    the paper prints over the datasets of the protocol, "average_8" those over eight
-    datasets of its own choice. A method that needs no labels has 0 shots.
+    the paper prints over the datasets of the protocol. Those over datasets of its own
+    choice are "average_3", "average_4", "average_5", "average_8" and "average_10", by
+    their number: "average_4" of TPT's rows is that of the four shifts, and LoGoPrompt's
+    "average_5" includes the source. A method that needs no labels has 0 shots.
 
     ``variant`` is empty for a method as its paper runs it, and tells ablations,
     teachers and other authors' reruns apart ("rerun", "without selection", "64 images a
@@ -602,12 +614,27 @@ def _side(runs, name):
             f" {', '.join(sorted(set(names))) or 'none at all'}"
         )
     keys = ["protocol", "dataset", "target", "split", "shots", "seed"]
+    rows = newest_weights(rows)
     if rows.duplicated(keys).any():
         raise InputError(
             f"several runs of {name!r} measure the same; name one as 'method |"
             " options', or filter the rows"
         )
     return rows[[*keys, "value"]]
+
+
+def newest_weights(runs):
+    """The rows of those weights of each model that were measured last, and rows that
+    name none; a comparison never joins seeds of replaced weights.
+    """
+    if "weights" not in runs or not runs["weights"].fillna("").any():
+        return runs
+    runs = runs.reset_index(drop=True)
+    in_time = runs.sort_values("created", kind="stable") if "created" in runs else runs
+    named = in_time["weights"].replace("", None)
+    models = [in_time["model"], in_time.get("precision", in_time["model"])]
+    last = named.groupby(models).transform("last").reindex(runs.index)
+    return runs[runs["weights"].fillna("").isin(["", None]) | runs["weights"].eq(last)]
 
 
 def _of_averages(pairs):

@@ -116,6 +116,30 @@ class Plan:
         """What a table calls its overrides and given sentences."""
         return options_of(self.config["overrides"], self.given)
 
+    @property
+    def training(self) -> str:
+        """Hash of all that its training follows from: not of targets, nor of what is
+        set at test time alone; nor of the protocol, where it is one of transfer.
+        """
+        config, recipe = self.config, self.config["recipe"]
+        if self.run.method == PROBE:
+            return config_hash(config)
+        free = registry.at_test(self.run.method)
+
+        def without(given, *names):
+            return {key: value for key, value in given.items() if key not in names}
+
+        same = without(config, "targets", "data", "texts")
+        told = self.recipe.hparams | dict.fromkeys(free, "")  # these never count
+        texts = identity.of_texts(self.run.method, told, self.source)
+        same |= {"data": self.source.identity, "texts": texts}
+        if self.run.protocol in TRANSFER:
+            del same["protocol"]
+        if free:
+            same["overrides"] = without(config["overrides"], *free)
+            same["recipe"] = recipe | {"hparams": without(recipe["hparams"], *free)}
+        return config_hash(same)
+
     def training_set(self):
         """What it is trained on: the drawn few shots, of the base classes in
         base-to-new; all images where a method needs no labels.
@@ -617,6 +641,7 @@ def execute(
     device = torch.device(planned.clip.device)
     _forget_peak(device)
     began = time.perf_counter()
+    spent, peak = 0.0, 0  # by trainings of other runs that serve this one, too
     source = planned.source
     if force:
         _forget_features(planned)
@@ -635,9 +660,10 @@ def execute(
         options = {"seed": planned.config["seed"], "every": every}
         rows, history = [], History()
         for part in planned.students or [planned]:
-            method, targets, own = _trained(part, results, progress, force)
+            method, targets, own, before = _trained(part, results, progress, force)
             protocol = part.run.protocol
             rows += measure(method, part.source, targets, protocol, **options)
+            spent, peak = spent + before["seconds"], max(peak, before["memory"])
             history.losses += own.losses
             history.seconds += own.seconds
         learned = method.n_parameters
@@ -645,9 +671,9 @@ def execute(
         planned.config,
         rows,
         planned.clip,
-        round(time.perf_counter() - began, 3),
+        round(time.perf_counter() - began + spent, 3),
         learned,
-        memory=_mebibytes(_peak_memory(device)),
+        memory=_mebibytes(max(_peak_memory(device) or 0, peak) or None),
         training={"seconds": round(history.seconds, 3), "losses": history.losses},
         **({"given": planned.given} if planned.given else {}),
     )
@@ -687,8 +713,10 @@ def _forget_features(plan):
 
 
 def _trained(plan, results, progress, force):
-    """The trained method, the targets that it can serve, and its history; the two
-    transfer protocols share what they train through a file.
+    """The trained method, the targets that it can serve, its history, and the seconds
+    and bytes that another run's training took where it is that one. The two transfer
+    protocols, and runs that differ in what is set at test time alone, share what they
+    train through a file.
     """
     dataset, run = plan.training_set(), plan.run
     targets = plan.targets
@@ -697,7 +725,7 @@ def _trained(plan, results, progress, force):
         targets = _served(plan, dataset, others)
     shared = checkpoint = None
     if results is not False and plan.recipe.trains:
-        if run.protocol in TRANSFER:
+        if run.protocol in TRANSFER or registry.at_test(run.method):
             shared = _shared_file(plan, results)
         if run.profile == "full":
             name = f"{config_hash(plan.config)}.pt"
@@ -705,10 +733,11 @@ def _trained(plan, results, progress, force):
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
     def read():
-        method = load_method(shared, plan.clip)
+        method = load_method(shared, plan.clip, hparams=_at_test(plan))
         method.aim(plan.source)
         known = json.loads(shared.with_suffix(".json").read_text())
-        return method, targets, History(**known)
+        before = {"seconds": known["seconds"], "memory": known.pop("memory", 0)}
+        return method, targets, History(**known), before
 
     if (found := _if_stored(shared, read, force)) is not None:
         return found
@@ -716,11 +745,13 @@ def _trained(plan, results, progress, force):
     options = {"checkpoint": checkpoint, "max_steps": run.max_steps}
     history = fit(method, dataset, plan.recipe, run.seed, progress=progress, **options)
     if shared and method.n_parameters:
-        write_text(shared.with_suffix(".json"), json.dumps(asdict(history)))
+        memory = _peak_memory(torch.device(plan.clip.device)) or 0
+        about = asdict(history) | {"memory": memory}
+        write_text(shared.with_suffix(".json"), json.dumps(about))
         method.save(shared)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
-    return method, targets, history
+    return method, targets, history, {"seconds": 0.0, "memory": 0}
 
 
 def _if_stored(path, read, force):
@@ -759,14 +790,20 @@ def _served(plan, dataset, others):
     return served
 
 
-def _shared_file(plan, results):
-    """Where the transfer protocols keep what they train: neither protocol nor targets
-    matter to it.
+def _at_test(plan):
+    """What a run sets, or leaves as it is, of the hyperparameters that matter to its
+    answers alone.
     """
-    leave = ("protocol", "targets", "data", "texts")
-    same = {key: value for key, value in plan.config.items() if key not in leave}
-    same |= {"data": plan.source.identity, "texts": plan.config["texts"][0]}
-    return results_dir(results) / "trained" / f"{config_hash(same)}.safetensors"
+    defaults = nesting(plan.run.method)[0].hyperparameters()
+    return {
+        name: plan.recipe.hparams.get(name, defaults[name][1])
+        for name in registry.at_test(plan.run.method)
+    }
+
+
+def _shared_file(plan, results):
+    """Where runs keep what they train for others."""
+    return results_dir(results) / "trained" / f"{plan.training}.safetensors"
 
 
 def _trained_objects(plan, results, progress, force=False):
@@ -782,7 +819,7 @@ def _trained_objects(plan, results, progress, force=False):
             path = results_dir(results) / "trained" / file
         made = _if_stored(path, partial(load_method, path, thing.clip), force)
         if made is None:
-            made, _, _ = _trained(thing, results, progress, force)
+            made, *_ = _trained(thing, results, progress, force)
             if path:
                 made.save(path)
         out[name] = made
@@ -838,7 +875,8 @@ def evaluate(
             on the classes that it is measured on (in base-to-new: on the base ones).
         datasets: names or Datasets.
         protocol: "few-shot", all classes; or "base-to-new", base and new classes.
-        method, hparams: of an official checkpoint, as ``build`` takes them.
+        method, hparams: of an official checkpoint, as ``build`` takes them. A saved
+            method takes hyperparameters that training does not depend on.
         model, pretrained, like, quickgelu, precision, device: its backbone, as
             ``load_clip`` takes them.
         root, classnames, descriptions: of the datasets, as ``load_dataset`` takes them.
@@ -858,13 +896,20 @@ def evaluate(
         name, weights = backbone("mini", model, pretrained)
         clip = _clip(name, weights, device, precision or "fp32", like, quickgelu)
     elif not isinstance(checkpoint, Method):
-        trained = load_method(checkpoint, pretrained=pretrained, device=device, **how)
+        trained = load_method(
+            checkpoint, pretrained=pretrained, device=device, hparams=hparams, **how
+        )
         if precision not in (None, trained.clip.precision):
             raise InputError(
                 f"{checkpoint} was trained at {trained.clip.precision}, and is measured"
                 f" so: leave out precision={precision}"
             )
     else:
+        if hparams:
+            raise InputError(
+                "a method that is at hand has its hyperparameters: set them on it, or"
+                " give its file"
+            )
         trained = checkpoint
     tables = []
     datasets = datasets if isinstance(datasets, list | tuple) else [datasets]
@@ -883,17 +928,19 @@ def evaluate(
                 checkpoint, method, clip, first.classnames, **(hparams or {})
             )
         label = "" if isinstance(checkpoint, Method) else Path(checkpoint).name
-        tables.append(_evaluated(trained, dataset, protocol, label, seed))
+        told = {"checkpoint": label} if label else {}
+        told |= hparams if hparams and method is None else {}
+        tables.append(_evaluated(trained, dataset, protocol, told, seed))
     return pd.concat(tables, ignore_index=True)
 
 
-def _evaluated(method, dataset, protocol, label, seed):
+def _evaluated(method, dataset, protocol, told, seed):
     began = time.perf_counter()
     rows = measure(method, dataset, protocol=protocol, seed=seed)
     clip = method.clip
     config = {
         "method": method.spec,
-        "overrides": {"checkpoint": label} if label else {},
+        "overrides": told,
         "protocol": protocol,
         "dataset": dataset.name,
         "data": {dataset.name: dataset.identity},

@@ -145,9 +145,9 @@ def test_the_first_words_of_the_template_learn(tiny_clip):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_ctx": 5}, "n_ctx must be at most the 4 words"),
+        ({"n_ctx": 5}, "n_ctx must be at most the 4 tokens"),
         ({"n_ctx": 0}, "n_ctx must be at least 1"),
-        ({"template": "{} here"}, "n_ctx must be at most the 0 words"),
+        ({"template": "{} here"}, "n_ctx must be at most the 0 tokens"),
         ({"template": "a photo"}, "template must be one sentence"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"depth_vision": 3}, "depth must be from 0 to the 2 blocks"),

@@ -11,6 +11,7 @@ from promptkit.attributes import AttributeSearch, pool_of, search_attributes
 from promptkit.data import MINI_TASKS, base_new, load_dataset
 from promptkit.errors import InputError
 from promptkit.method import Batch
+from promptkit.pages import equal_host
 from promptkit.recipe import Recipe, Setting
 from promptkit.registry import build, load_method, recipe
 from promptkit.testing import NAMES, batch_of, few_steps
@@ -196,6 +197,16 @@ def test_recipes_follow_host_and_dataset():
     assert ours.hparams["lr_factor"] == 1.0
     assert ours.hparams["host"]["host"]["n_ctx"] == 4
     assert ours.hparams["host"]["attributes"] == ["precision"]
+    # the same model, the other way round
+    inside = of("atprompt(dept(coop))", "ucf101")
+    assert (inside.epochs, inside.lr) == (ours.epochs, ours.lr)
+    assert inside.hparams["attributes"] == ["precision"]
+    assert inside.hparams["host"] == {
+        "lam": 0.5,
+        "lr_factor": 1.0,
+        "host": {"n_ctx": 4},
+    }
+    assert of("dept(atprompt(coop))", "imagenet").hparams["host"]["host"]["n_ctx"] == 2
 
 
 @pytest.mark.parametrize(
@@ -218,6 +229,27 @@ def test_bad_options(tiny_clip, spec, options, message):
 
 
 # --- the search -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["coop", "cocoop", "kgcoop", "prograd", "maple", "promptsrc", "ivlp", "qnet"]
+    + ["dept(coop)", "dept(kgcoop)", "dept(prograd)", "dept(maple)"]
+    + ["textrefiner(kgcoop)", "tcp(coop)"],
+)
+def test_the_host_alone_starts_as_it_does_with_attributes(tiny_clip, host):
+    """What a comparison at equal settings needs: the same lengths, and random vectors
+    in both or words in both.
+    """
+    plan = recipe(f"atprompt({host})", Setting("base-to-new", "sat"))
+    alone, options = equal_host(f"atprompt({host})")
+    made = [
+        [build(spec, tiny_clip, CLEAN, seed=n, **own).context.vectors for n in (1, 2)]
+        for spec, own in ((f"atprompt({host})", plan.hparams), (alone, options))
+    ]
+    assert made[0][0].shape == made[1][0].shape
+    for first, second in made:
+        assert not torch.equal(first, second)
 
 
 def test_a_search_scores_each_combination_as_coop_would(tiny_clip, batch):

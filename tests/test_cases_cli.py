@@ -311,7 +311,8 @@ REFUSED = [
     (("predict", ".", "--classes", "a", "--classes-file", "b"), "class names once"),
     (("predict", ".", "--classes-file", "no.txt"), "no.txt"),
     (("predict", ".", "--checkpoint", "no.st", "--model", "mini"), "leave out"),
-    (("evaluate", "no.safetensors", "--set", "n_ctx=4"), "name the --method"),
+    (("evaluate", "no.safetensors", "--set", "n_ctx=4"), "no.safetensors"),
+    (("evaluate", "no.safetensors", "--model", "mini"), "name the --method"),
     (("leaderboard", "--level", "95"), "no runs are stored"),
     (("leaderboard", "--level", "wide"), "'wide' is no number"),
     (("reproduce", "--methods", "coop"), "--methods has no effect on the chapters"),
@@ -746,6 +747,23 @@ def test_a_real_process_stays_silent_where_all_is_well(tmp_path):
     done = process("list", "--json")
     assert done.returncode == 0 and done.stderr == ""
     assert {row["name"] for row in json.loads(done.stdout)} == set(methods())
+
+
+def test_evaluate_with_what_is_set_at_test_time(photos, world):  # noqa: F811
+    """Of a saved method what training does not depend on may be set anew; the rows say
+    so, and anything else is refused.
+    """
+    spec, quick = "weak_detectors(coop)", (*QUICK[:2], "--set", "epochs=1")
+    promptkit("run", spec, "--data", "pets", *quick, "--save", "w.safetensors")
+    test = ("evaluate", "w.safetensors", "--data", "pets", "--json")
+    given = ("--set", "detector=constant", "--set", "sharpness=0.0")
+    rows = [json.loads(promptkit(*test, *more)[0])[0] for more in ((), given)]
+    assert "sharpness" not in rows[0]["options"]
+    assert rows[1]["options"] == (
+        "checkpoint=w.safetensors, detector=constant, sharpness=0.0"
+    )
+    _, said = promptkit(*test, "--set", "epochs=2", code=2)
+    assert "epochs of weak_detectors(coop) cannot be changed after training" in said
 
 
 def test_evaluate_and_export(photos, world):  # noqa: F811

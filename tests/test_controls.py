@@ -138,6 +138,10 @@ def test_without_perturbations_frozen_clip_reads_what_the_learner_reads(tiny_cli
         torch.testing.assert_close(views["unperturbed"][:, k], first)
     expected = zero_shot_features(tiny_clip, NAMES, "a photo of a {}.")
     torch.testing.assert_close(made["unperturbed"].bank[0], expected)
+    kept = build("unperturbed", tiny_clip, NAMES, second_view=True)
+    again = kept.views(images, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(again, views["coprompt"])
+    torch.testing.assert_close(kept.bank[0], expected)
 
 
 def test_plain_maps_start_as_large_as_quaternion_layers():

@@ -191,7 +191,8 @@ def plan_of(method, protocol, seed=1, shots=16):
     run = Run(protocol, method, "ten", shots=shots, seed=seed)
     return SimpleNamespace(
         run=run, source=source, targets=targets, recipe=Recipe(epochs=1),
-        clip=SimpleNamespace(device="cpu"), config={},
+        clip=SimpleNamespace(device="cpu"), config={}, students=[],
+        training=(method, seed, "" if targets else protocol),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from promptkit.data import load_dataset
 from promptkit.descriptions import (
     Texts,
     as_many,
+    by_class,
     descriptions_for,
     file_in,
     key_of,
@@ -159,3 +160,18 @@ def test_a_fitting_file_says_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         descriptions_for(write(tmp_path, "said.json", COPROMPT), CLASSES)
+
+
+def test_lists_of_official_configurations():
+    """They follow the classes, new ones behind; two of one name must not differ."""
+    ours = {"said": ["red", "blue"], "n": 2}
+    official = {"new_classnames": ["c"], "new_said": ["green"]}
+    found = by_class(ours, official, ["a", "b"], "said", "more")
+    assert found == {"said": {"a": "red", "b": "blue", "c": "green"}, "n": 2}
+    assert by_class({"said": ["x", "x"]}, {}, ["a", "a"], "said")["said"] == {"a": "x"}
+    with pytest.raises(InputError, match="said differ for two classes .* 'a'"):
+        by_class(ours, official | {"new_classnames": ["a"]}, ["a", "b"], "said")
+    with pytest.raises(InputError, match="said has texts for 2 classes, and .* 3"):
+        by_class(ours, official, ["a", "b", "c"], "said")
+    with pytest.raises(InputError, match="new_said has texts for 1 classes"):
+        by_class(ours, official | {"new_classnames": ["c", "d"]}, ["a", "b"], "said")

@@ -56,6 +56,8 @@ def test_leaderboard(tmp_path, monkeypatch):
             rows("kgcoop", 75, 66),
             rows("dept(coop)", 85, 55),
             rows(host, 82, 51, overrides),
+            rows("upl", 70, 64, {"members": 4}),  # as it is ranked
+            rows("upl", 10, 10),
             rows("prograd", 70, 60).query("seed < 3"),
         ]
     )
@@ -70,7 +72,9 @@ def test_leaderboard(tmp_path, monkeypatch):
         "CoOp* (DePT)",
         "KgCoOp",
         "DePT + CoOp",
+        "UPL",
     }
+    assert float(dict((name, base) for name, base, *_ in found)["UPL"]) > 70
     values = [float(row[3]) for row in found]
     assert values == sorted(values, reverse=True)
     assert re.search(
@@ -113,6 +117,23 @@ def test_leaderboard(tmp_path, monkeypatch):
         pages.leaderboard(tmp_path / "book")
 
 
+def test_reported_numbers_are_the_papers_own(tmp_path):
+    names = "clip coop kgcoop dept(coop) clip_adapter prograd qnet logoprompt".split()
+    runs = pd.concat([rows(name, 80 - n, 60) for n, name in enumerate(names)])
+    page = pages.leaderboard(tmp_path / "book", runs).read_text()
+    found = dict(re.findall(r"^\| ([^|]+?) \|.* \| ([\d.]*) \|$", page, re.MULTILINE))
+    assert found == {
+        "Zero-shot CLIP": "71.70",  # with CoOp's, of CoCoOp's paper
+        "CoOp": "71.66",
+        "KgCoOp": "77.00",
+        "DePT + CoOp": "77.29",
+        "CLIP-Adapter": "",  # others reran these two
+        "ProGrad": "",
+        "QNet-style, reconstructed": "",
+        "LoGoPrompt": "",
+    }
+
+
 def test_what_the_leaderboard_asks_for():
     plans = pages.asked(["sat"], [1, 2])
     names = [(p.config["method"], p.config["seed"]) for p in plans]
@@ -122,6 +143,8 @@ def test_what_the_leaderboard_asks_for():
     assert all(keys.count(key) == 1 for key in keys)  # nothing is asked twice
     found = {name.partition("(")[0] for name, _ in names}
     assert found == set(methods()) - set(pages.LEFT_OUT)
+    given = {p.config["method"]: p.run.overrides for p in plans}
+    assert given["upl"] == {"members": 4} and given["promptkd"] == {"epochs": 20}
 
 
 def test_claims(tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from promptkit.errors import InputError
-from promptkit.prompts import Context, Template, assemble
+from promptkit.methods.apex import APEX
+from promptkit.prompts import Context, Template, assemble, overwriting_context
 from promptkit.towers import plain_text
 
 NAMES = ["golden retriever", "pug", "St.", "Jack-O-Lantern"]
@@ -137,6 +138,24 @@ def test_words_of_several_tokens(tiny_clip):
         for name, row in zip(NAMES, rows(context.prompt()), strict=True):
             expected = published(tiny_clip, context.vectors, name, position, words)
             assert_close(row, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_overwritten_words_are_counted_in_tokens(tiny_clip, n):
+    """Of three words and more tokens the first n tokens learn, as MaPLe's and APEX's
+    published code slices them, and the sentence is whole.
+    """
+    words = "an itap-style photograph"
+    ids = tiny_clip.encode(words)
+    assert len(words.split()) < 4 < len(ids)
+    contexts = [
+        overwriting_context(tiny_clip, NAMES, n, words),
+        APEX(tiny_clip, NAMES, n_ctx=n, template=words + " {}.").context,
+    ]
+    for context in contexts:
+        assert_close(context.vectors, tiny_clip.embed(ids[:n]), rtol=0, atol=0)
+        for name, row in zip(NAMES, rows(context.prompt()), strict=True):
+            assert_close(row, embedded(tiny_clip, f"{words} {name}."), rtol=0, atol=0)
 
 
 def test_random_initialisation(tiny_clip):

@@ -255,6 +255,40 @@ def test_transfer_protocols_share_their_training(folder, monkeypatch):
     assert len(trainings) == 2
 
 
+def test_what_is_set_at_test_time_alone_shares_the_training(folder, monkeypatch):
+    trainings = []
+    monkeypatch.setattr(
+        runs,
+        "fit",
+        lambda *a, fit=runs.fit, **k: trainings.append(1) or fit(*a, **k),
+    )
+    quick = {"clip": tiny(), "epochs": 1, "results": folder}
+    every = [{}, {"alpha": 0.0}, {"beta": 9.0, "threshold": 0.0}, {"ensemble": "none"}]
+    for protocol in (base_to_new, few_shot):
+        shared = [protocol("apex", toy(), 2, **quick, **more) for more in every]
+    assert len(trainings) == 2
+    records = [read_run(path) for path in folder.glob("*/apex-*.json")]
+    assert len(records) == 8  # each has what the training took, wherever it was made
+    assert all(r["seconds"] >= r["training"]["seconds"] > 0 for r in records)
+    alone = few_shot("apex", toy(), 2, clip=tiny(), epochs=1, results=False, **every[2])
+    assert len(trainings) == 3
+    assert shared[2].value.tolist() == alone.value.tolist()
+    few_shot("apex", toy(), 2, **quick, lr=0.3)  # which training depends on
+    assert len(trainings) == 4
+    few_shot("weak_detectors(coop)", toy(), 2, **quick, sharpness=1.0)
+    few_shot("weak_detectors(coop)", toy(), 2, **quick, detector="constant")
+    few_shot("weak_detectors(coop)", toy(), 2, **quick, template="a {}.")
+    few_shot("weak_detectors(coop)", toy(), 2, **quick, host={"n_ctx": 3, "init": ""})
+    assert len(trainings) == 6
+    saved = [load_method(file, tiny()) for file in folder.glob("trained/*.safetensors")]
+    assert {method.name for method in saved} == {"apex", "weak_detectors"}
+    file = folder / "apex.safetensors"
+    next(method for method in saved if method.name == "apex").save(file)
+    assert load_method(file, tiny(), hparams={"beta": 7.0}).beta == 7
+    with pytest.raises(InputError, match="n_ctx of apex cannot be changed .* beta"):
+        load_method(file, tiny(), hparams={"n_ctx": 4})
+
+
 def test_what_is_stored_is_not_run_again(folder, monkeypatch):
     calls = []
     monkeypatch.setattr(

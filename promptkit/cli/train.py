@@ -298,7 +298,7 @@ def evaluate(
     method: option(
         str | None,
         "Which method a checkpoint of its own repository is of; its hyperparameters are"
-        " given by --set.",
+        " given by --set, as are a saved method's that change its answers alone.",
     ) = None,
     classnames: ClassNames = None,
     descriptions: Descriptions = None,
@@ -315,20 +315,24 @@ def evaluate(
     as_json: Json = False,
 ):
     """Test a trained method on all classes of datasets; nothing is stored."""
-    if method is None and (settings or model):
+    if method is None and model:
         raise InputError(
-            "the checkpoint says its hyperparameters and its model: leave out --set and"
-            " --model, or name the --method that it is of"
+            "the checkpoint says its model: leave out --model, or name the --method"
+            " that it is of"
         )
     with console.err.status("loading ..."):
+        from promptkit.registry import saved_spec
         from promptkit.runs import evaluate as measure
     profile = values.choose_profile(None, None if data == "all" else data, model)
+    given = None
+    if method or settings:
+        given = values.settings(method or saved_spec(checkpoint), settings)
     rows = measure(
         checkpoint,
         values.datasets(data, profile),
         protocol=protocol,
         method=method,
-        hparams=values.settings(method, settings) if method else None,
+        hparams=given,
         model=model,
         pretrained=pretrained,
         precision=precision,

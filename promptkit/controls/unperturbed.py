@@ -17,6 +17,8 @@ class Unperturbed(CoPrompt):
     Args:
         clip: the frozen backbone.
         classnames: the C class names.
+        second_view: frozen CLIP keeps its own view of each image, and the sentence
+            alone is replaced.
         options: as in CoPrompt; the sentences are not read.
     """
 
@@ -24,9 +26,14 @@ class Unperturbed(CoPrompt):
     title = "CoPrompt without perturbations"
     published = {}
 
+    def __init__(self, clip, classnames, *, second_view: bool = False, **options):
+        super().__init__(clip, classnames, **options)
+        self.second_view = second_view
+
     def views(self, images, generator):
-        """The first view of CoPrompt's, twice: (B, 2, 3, S, S)."""
-        return super().views(images, generator)[:, [0, 0]]
+        """CoPrompt's two views, or the first of them twice: (B, 2, 3, S, S)."""
+        views = super().views(images, generator)
+        return views if self.second_view else views[:, [0, 0]]
 
     @cached_property
     def bank(self):

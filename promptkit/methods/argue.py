@@ -8,7 +8,10 @@ Deviations: everything is float32 by default, where the published runs use mixed
 precision. The regulariser runs over the classes trained on alone, where the published
 code's sees the names of the new classes too (``reg_names``). Attributes of classes
 trained on are chosen by their training images; those of other classes by their texts,
-where the published lists were chosen by training images of all classes. The published
+where the published lists were chosen by training images of all classes. As in that
+code, and not in the paper's figure, the regulariser is about names, not attributes, and
+negative texts are "a background of" the class behind the context. Its lists for
+ImageNet and FGVC-Aircraft are unsampled; here 3 stay everywhere. The published
 attributes are a language model's and not part of this package, which takes the
 descriptions of the dataset; of the 35 templates, 30 are OpenAI's first ones and five
 name the kinds of things that the datasets hold, which need not be the published five.
@@ -131,6 +134,7 @@ class ArGue(Method):
     year = 2023
     paper = "2311.16494"
     kind = "prompt"
+    reads_sentences = True
     picture = Picture(
         text=("SOS", learned("$v_1$ … $v_M$"), "[class]", "which has …", ".", "EOT"),
         image_blocks={0: learned("layer norms")},
@@ -161,8 +165,9 @@ class ArGue(Method):
     published = {
         "base-to-new": usual(
             "ArGue: its base-to-new runs",
-            "300 epochs of batches of 32 at 0.032, 25 on ImageNet, with w and the layer"
-            " norms. Its attributes were a language model's.",
+            "300 epochs of batches of 32 at 0.032, with w and the layer norms; 25 on"
+            " ImageNet as in its domain generalization (which file it used is not"
+            " told). Its attributes were a language model's.",
         ),
         "few-shot": usual(
             "ArGue: its base-to-new runs",
@@ -173,7 +178,8 @@ class ArGue(Method):
         usual(
             "ArGue: its runs on ImageNet",
             "25 epochs. Cross-dataset numbers were not published.",
-        )
+        ),
+        shifts_alone=True,
     )
     official_dropped = (*Method.official_dropped, "class_text_features")
 

@@ -14,8 +14,10 @@ and the contexts in half precision. Where the two sets of prompts have different
 each is replaced in its own blocks and passes through the others, as in the published
 code for MaPLe; its code for PromptSRC leaves out boosting prompts there, or draws some
 at random. As in that code, initial words of which fewer tokens learn stay behind these
-in the first stage, and not beside a host's. Prompts in the image tower have no
-positions, so their order is nothing to it: here the boosting prompts come last.
+in the first stage, and not beside a host's. Its CoOp script gives 8 tokens four words,
+so that class names are overwritten; here words set the length. Prompts in the image
+tower have no positions, so their order is nothing to it: here the boosting prompts come
+last.
 """
 
 import json
@@ -156,7 +158,8 @@ class CasPL(Plugin):
                 "CasPL: its domain generalization",
                 "4 boosting tokens in the first block. Transfer to other datasets was"
                 " not published.",
-            )
+            ),
+            shifts_alone=True,
         ),
     }
 

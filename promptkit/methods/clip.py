@@ -3,7 +3,10 @@ classifier.
 
 Learning Transferable Visual Models From Natural Language Supervision; Radford et al.,
 ICML 2021; arXiv 2103.00020. The templates are those of the prompt-learning benchmark
-(CoOp, arXiv 2109.01134), which every later table calls "CLIP". No deviation.
+(CoOp, arXiv 2109.01134), which every later table calls "CLIP".
+
+Deviation: everything is float32 by default, where the published runs are in half
+precision.
 """
 
 from promptkit.clip import zero_shot_features

@@ -89,13 +89,15 @@ class CLIPAdapter(Method):
             ("RN50", "RN101", "ViT-B-32", "ViT-B-16"),
             (1, 2, 4, 8, 16),
             "CLIP-Adapter: its paper, and Tip-Adapter's on its runs",
-            "200 epochs by SGD at the paper's rate, 0.00001, one template a dataset;"
-            " momentum and weight decay, which are not told, are CoOp's. Share 0.2,"
-            " the published code's; the paper's best is up to 0.8 on some datasets.",
+            "200 epochs, told of ImageNet, by SGD at the paper's rate, 0.00001, one"
+            " template a dataset; momentum and weight decay, which are not told, are"
+            " CoOp's. Share 0.2, the published code's; the paper's best is up to 0.8 on"
+            " some datasets.",
         ),
         "base-to-new": usual(
             "CLIP-Adapter: as run in the APEX paper",
-            "Adadelta at 0.25, 50 epochs, batches of 16.",
+            "Adadelta at 0.25, 50 epochs, 20 seeds; batches of 16, decay and warm-up"
+            " are APEX's own. Its released configuration has SGD.",
         ),
     } | transfer(
         usual(

@@ -29,8 +29,8 @@ from promptkit.published import usual
 RUN = usual(
     "DePT: its runs over each host",
     "10 epochs over CoOp, CoCoOp, KgCoOp and MaPLe, batches of 4 at 0.0035 (CoCoOp: 1"
-    " at 0.002). Over PromptSRC, which is not in its repository, PromptSRC's own"
-    " settings.",
+    " at 0.002); KgCoOp's weight is 2, not 8, and CoOp has 16 random vectors. Over"
+    " PromptSRC, which is not in its repository, PromptSRC's own settings.",
 )
 
 
@@ -219,10 +219,7 @@ class DePT(TrainedRows, Plugin):
             "maple": {"n_ctx": 2},
         }
         if setting.host.names == ("atprompt", "coop"):
-            short = setting.dataset in ("oxford_pets", "stanford_cars")
-            published["coop"] = {"n_ctx": 2 if short else 4}
-            lam = {"caltech101": 0.6, "dtd": 0.6, "stanford_cars": 0.6, "ucf101": 0.5}
-            own = {"lam": lam.get(setting.dataset, 0.7), "lr_factor": 1.0}
+            published["coop"], own = with_attributes(setting)
         if name in published:
             batch_size, lr = (1, 0.002) if name == "cocoop" else (4, 0.0035)
             depth = len(setting.host.names) - 1
@@ -231,6 +228,17 @@ class DePT(TrainedRows, Plugin):
                 recipe, hparams=hparams, epochs=10, batch_size=batch_size, lr=lr
             )
         return replace(recipe, hparams=own | {"host": recipe.hparams})
+
+
+def with_attributes(setting) -> tuple[dict, dict]:
+    """What ATPrompt's paper sets where attributes and DePT are together over CoOp:
+    CoOp's hyperparameters and DePT's. (Of ImageNet's base-to-new runs it tells nothing:
+    there they are its script's defaults.)
+    """
+    short = setting.dataset in ("oxford_pets", "stanford_cars", "imagenet")
+    lam = {"caltech101": 0.6, "dtd": 0.6, "stanford_cars": 0.6, "ucf101": 0.5}
+    own = {"lam": lam.get(setting.dataset, 0.7), "lr_factor": 1.0}
+    return {"n_ctx": 2 if short and not setting.transfer else 4}, own
 
 
 def _innermost(hparams, depth, own):

@@ -141,6 +141,7 @@ class KAPT(Method):
     paper = "2308.11186"
     kind = "prompt"
     reads = "features+tokens"
+    reads_sentences = True
     picture = Picture(
         text=("SOS", "summary", made("$V_c$"), "[class]", ".", "EOT"),
         text_reference=Target("description\nin frozen CLIP"),

@@ -99,11 +99,15 @@ class LoGoPrompt(WritesNames, Method):
     }
     published = {
         "base-to-new": usual(
-            "LoGoPrompt: its paper", "CoOp's optimisation, 4 vectors, K 5."
+            "LoGoPrompt: its paper",
+            "CoOp's optimisation, 4 vectors, K 5; class-specific, with a second stage"
+            " (ours) of as many epochs at a tenth of the rate.",
         ),
         "few-shot": usual(
             "LoGoPrompt: its paper",
-            "CoOp's optimisation, 16 vectors, K 5; without tuned pixels.",
+            "CoOp's optimisation, 16 vectors, K 5; without tuned pixels;"
+            " class-specific, with a second stage (ours) of as many epochs at a tenth"
+            " of the rate.",
             backbones=("RN50",),
             shots=(1, 2, 4, 8, 16),
         ),

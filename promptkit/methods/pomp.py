@@ -106,7 +106,8 @@ class POMP(CoOp):
         usual(
             "POMP: its script `vit_b16_ep5_randaug2`",
             "The settings of its pre-training on ImageNet-21K, of 5 epochs: 4 vectors,"
-            " K = 1000, 4 copies of each image. To run it, give that dataset.",
+            " K = 1000, 4 copies of each image. Published on 8 GPUs with 32 images on"
+            " each, 256 a step; here 32. To run it, give that dataset.",
         )
     )
 

@@ -284,6 +284,8 @@ class PromptKD(Method):
         if setting.profile == "full":
             teacher = {"method": "promptsrc@ViT-L-14/openai"} | deep
             teacher |= {"lr": 0.005, "batch_size": 8}
+            if setting.protocol == "few-shot":  # as for base-to-new
+                teacher |= {"epochs": 20, "gpa_mean": 0.75, "gpa_std": 0.05}
         hparams = {"depth_vision": 3} if setting.transfer else {}
         if setting.dataset in LIGHTER and not setting.transfer:
             hparams["weight"] = LIGHTER[setting.dataset]

@@ -6,7 +6,9 @@ TCP: Textual-based Class-aware Prompt tuning for Visual-Language Model; Yao et a
 Deviations: everything is float32 by default, where the published runs keep CLIP's
 weights, the context and the embedding network in half precision. The published code
 holds TCP over CoOp's context alone; over other hosts, which the abstract announces, the
-same rule is applied here: as many tokens are inserted as the host's context has.
+same rule is applied here: as many tokens are inserted as the host's context has. As in
+that code's configuration, and perhaps not as in the paper ("a photo of a"), the context
+starts at random, and 50 epochs are run though the file is named ep100.
 """
 
 from dataclasses import replace

@@ -57,7 +57,8 @@ PUBLISHED = {
         "Tip-Adapter: its table of shifted ImageNets",
         "As few-shot. Other datasets, which were never run, are zero-shot CLIP's.",
         backbones=("RN50",),
-    )
+    ),
+    shifts_alone=True,
 )
 
 

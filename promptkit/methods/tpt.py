@@ -10,7 +10,9 @@ Deviations: everything is float32 by default, where the published code runs floa
 weights under autocast; the 64 views are encoded once, where that code encodes them at
 every step; several images are adapted together, each with its own context and optimizer
 state; at least one view is kept. As in that code, CoCoOp's Meta-Net reads the image
-feature without normalisation here.
+feature without normalisation here; int(V rho) views are kept, where the paper has a
+percentile; and crops of ImageNet and its shifts are flipped too, which the paper does
+not say.
 """
 
 import math

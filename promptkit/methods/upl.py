@@ -93,10 +93,19 @@ class UPL(CoOp):
             ("RN50",),
             (),
             "UPL: its 16 runs",
+            "The settings of few-shot. In base-to-new the pool has images of all"
+            " classes; a transfer learns on the source's.",
+            extrapolation=True,
+        )
+    ) | {
+        "few-shot": Published(
+            ("RN50",),
+            (),
+            "UPL: its 16 runs",
             "All images for training, without labels, and all classes: none is new to"
             " it.",
         )
-    )
+    }
 
     def __init__(
         self,
@@ -240,13 +249,16 @@ def select(
     if rule == "threshold":
         keep = confidence[order] > threshold
     elif rule == "global":
-        keep = torch.arange(len(order)) < (k * p.shape[1] if k >= 0 else len(order))
+        keep = torch.arange(len(order), device=order.device) < (
+            k * p.shape[1] if k >= 0 else len(order)
+        )
     else:
-        one = F.one_hot(label, p.shape[1])  # (N, C)
-        rank = one.cumsum(dim=0).gather(1, label[:, None])[:, 0]  # 1, 2, ... in a class
-        keep = rank <= k if k >= 0 else torch.ones_like(rank, dtype=torch.bool)
+        by_class = label.argsort(stable=True)
+        order, label = order[by_class], label[by_class]
+        counts = label.bincount(minlength=p.shape[1])
+        rank = torch.arange(len(label), device=label.device)
+        rank = rank - (counts.cumsum(0) - counts)[label]  # 0, 1, ... in a class
+        keep = rank < k if k >= 0 else torch.ones_like(rank, dtype=torch.bool)
         if rule == "per_class_or_threshold":
             keep |= confidence[order] > threshold
-        by_class = label.argsort(stable=True)
-        order, keep, label = order[by_class], keep[by_class], label[by_class]
     return order[keep], label[keep], confidence[order][keep]

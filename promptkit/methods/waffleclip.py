@@ -4,6 +4,10 @@ questions.
 Waffling around for Performance: Visual Classification with Random Words and Broad
 Concepts; Roth et al., ICCV 2023; arXiv 2306.07282.
 
+As in the published code alone, all classes share the list of one random class, its name
+replaced wherever it occurs, and "which is" stands before every text that begins with
+the letter a.
+
 Deviations: scores are multiplied by CLIP's logit scale; features are float32 by
 default, where the published runs use half precision. The published lists of words and
 descriptors do not come with this package: without ``words`` random words are the most
@@ -135,7 +139,8 @@ class WaffleCLIP(Method):
             "WaffleCLIP: its runs of 15 pairs",
             "All classes, torchvision's splits, 7 repetitions. Without a concept;"
             " `concept=None` takes the paper's. Words and letters differ unless the"
-            " published lists are given.",
+            " published lists are given. Of this benchmark it ran ImageNet, V2,"
+            " EuroSAT, Food101, Pets and DTD.",
             extrapolation=protocol == "base-to-new",
         )
         for protocol in PROTOCOLS

@@ -98,11 +98,12 @@ class WeakDetectors(Plugin):
     paper = "2404.00603"
     kind = "test-time"
     picture = Picture(
-        heads=(Head("cosine with “a photo of a”", ("image",)),),
+        heads=(Head("cosine with a hand-written prompt", ("image",)),),
         fusion="at test time, image by image, the surer has more weight",
         targets=(),
     )
     hosts = ("coop", "prograd", "kgcoop")
+    at_test = ("detector", "sharpness", "template")
     from_dataset = {"template": lambda dataset: dataset.template if dataset else PLAIN}
     official_hyperparameters = {
         "mode": "detector",  # with the sharpness behind it, as in "SOFTmsp_64"
@@ -115,7 +116,7 @@ class WeakDetectors(Plugin):
         usual(
             "VLPT-OOD: its scripts",
             "The host's own training: CoOp and ProGrad 50 epochs with 16 vectors,"
-            " KgCoOp 100. The largest probability at W = 64.",
+            " KgCoOp 100, batches of 32. The largest probability at W = 64.",
         )
     ) | {
         "cross-dataset": usual(
@@ -284,7 +285,10 @@ class WeakDetectors(Plugin):
         if setting.host.spec in ("coop", "prograd"):
             hparams = recipe.hparams["host"] | {"n_ctx": 16}
             hparams.pop("init", None)
+            hparams.pop("lam", None)  # ProGrad's is 1 in these runs
             return replace(recipe, hparams={"host": hparams}, epochs=50)
+        if setting.host.spec == "kgcoop":
+            return replace(recipe, batch_size=32)
         return recipe
 
 
