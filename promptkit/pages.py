@@ -52,6 +52,8 @@ COMPARED = [
 SEEDS = (1, 2, 3, 4, 5)
 LEAST = 3  # seeds that a method has to have for the leaderboard
 LEFT_OUT = ("tpt", "awt")  # of the leaderboard: minutes a run, in their own chapters
+# Dear by their recipes' own numbers: they are ranked as their chapters run them.
+RANKED_AS = {"promptkd": {"epochs": 20}, "upl": {"members": 4}}
 # Whose rows stand for a method's own: CoCoOp's authors print zero-shot CLIP and CoOp.
 ROW_OF = {"clip": "2203.05557", "coop": "2203.05557"}
 # Made anew without their code: their papers' numbers are of something else.
@@ -162,18 +164,14 @@ def ranked() -> list[str]:
     ]
 
 
-# Dear by their recipes' own numbers: they are ranked as their chapters run them.
-RANKED_AS = {"promptkd": {"epochs": 20}, "upl": {"members": 4}}
-
-
 def asked(datasets=MINI_TASKS, seeds=SEEDS) -> list[Plan]:
     """The runs of the leaderboard, on all tasks of the mini world, and the hosts of
     plug-ins at the plug-ins' settings.
     """
     plugins = [spec for spec in ranked() if parse(spec)[1]]
     hosts = [equal_host(plugin) for plugin in plugins]
-    methods = [(name, RANKED_AS.get(name, {})) for name in ranked()]
-    entries = [*methods, ("clip", {"template": PLAIN}), *hosts]
+    own = [(name, RANKED_AS.get(name, {})) for name in ranked()]
+    entries = [*own, ("clip", {"template": PLAIN}), *hosts]
     return grid("base-to-new", entries, datasets, seeds)
 
 

@@ -557,6 +557,7 @@ def differences(
         InputError: a method has no rows, has several for one measurement, or nothing of
             the two is paired.
     """
+    runs = newest_weights(runs)
     left, right = _side(runs, a), _side(runs, b)
     for key in ("shots", "seed"):  # 0 where a method has none
         if (left[key] == 0).all() != (right[key] == 0).all():
@@ -614,7 +615,6 @@ def _side(runs, name):
             f" {', '.join(sorted(set(names))) or 'none at all'}"
         )
     keys = ["protocol", "dataset", "target", "split", "shots", "seed"]
-    rows = newest_weights(rows)
     if rows.duplicated(keys).any():
         raise InputError(
             f"several runs of {name!r} measure the same; name one as 'method |"
@@ -627,14 +627,14 @@ def newest_weights(runs):
     """The rows of those weights of each model that were measured last, and rows that
     name none; a comparison never joins seeds of replaced weights.
     """
-    if "weights" not in runs or not runs["weights"].fillna("").any():
+    if "weights" not in runs:
         return runs
     runs = runs.reset_index(drop=True)
+    runs = runs.assign(weights=runs["weights"].replace("", None))
     in_time = runs.sort_values("created", kind="stable") if "created" in runs else runs
-    named = in_time["weights"].replace("", None)
     models = [in_time["model"], in_time.get("precision", in_time["model"])]
-    last = named.groupby(models).transform("last").reindex(runs.index)
-    return runs[runs["weights"].fillna("").isin(["", None]) | runs["weights"].eq(last)]
+    last = in_time["weights"].groupby(models).transform("last").reindex(runs.index)
+    return runs[runs["weights"].isna() | runs["weights"].eq(last)]
 
 
 def _of_averages(pairs):

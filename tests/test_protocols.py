@@ -230,13 +230,17 @@ def test_linear_probe_is_measured_and_stored_like_a_method(folder):
         few_shot("linear-probe", toy(), 2, clip=tiny(), n_ctx=4)
 
 
-def test_transfer_protocols_share_their_training(folder, monkeypatch):
-    trainings = []
+@pytest.fixture
+def trainings(monkeypatch):
+    """One item for each training that was made."""
+    made = []
     monkeypatch.setattr(
-        runs,
-        "fit",
-        lambda *a, fit=runs.fit, **k: trainings.append(1) or fit(*a, **k),
+        runs, "fit", lambda *a, fit=runs.fit, **k: made.append(1) or fit(*a, **k)
     )
+    return made
+
+
+def test_transfer_protocols_share_their_training(folder, trainings, monkeypatch):
     shifts = [toy("toy-v2"), toy("toy-sketch")]
     monkeypatch.setattr(runs, "_shifts", lambda dataset, root: shifts)
     rows = cross_dataset(
@@ -255,13 +259,7 @@ def test_transfer_protocols_share_their_training(folder, monkeypatch):
     assert len(trainings) == 2
 
 
-def test_what_is_set_at_test_time_alone_shares_the_training(folder, monkeypatch):
-    trainings = []
-    monkeypatch.setattr(
-        runs,
-        "fit",
-        lambda *a, fit=runs.fit, **k: trainings.append(1) or fit(*a, **k),
-    )
+def test_what_is_set_at_test_time_alone_shares_the_training(folder, trainings):
     quick = {"clip": tiny(), "epochs": 1, "results": folder}
     every = [{}, {"alpha": 0.0}, {"beta": 9.0, "threshold": 0.0}, {"ensemble": "none"}]
     for protocol in (base_to_new, few_shot):
@@ -289,13 +287,7 @@ def test_what_is_set_at_test_time_alone_shares_the_training(folder, monkeypatch)
         load_method(file, tiny(), hparams={"n_ctx": 4})
 
 
-def test_what_is_stored_is_not_run_again(folder, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        runs,
-        "fit",
-        lambda *a, fit=runs.fit, **k: calls.append(1) or fit(*a, **k),
-    )
+def test_what_is_stored_is_not_run_again(folder, trainings):
     arguments = (
         "few-shot",
         ["clip", "coop", ("coop", {"n_ctx": 3})],
@@ -307,14 +299,14 @@ def test_what_is_stored_is_not_run_again(folder, monkeypatch):
     methods = [("coop", {"n_ctx": n, "init": "", "epochs": 1}) for n in (2, 3)]
     first = sweep(*arguments[:1], ["clip", *methods], *arguments[2:], **quick)
     assert (
-        len(calls) == 5 and len(first) == 5
+        len(trainings) == 5 and len(first) == 5
     )  # clip once, two variants of CoOp by two seeds
     stamps = {path: path.stat().st_mtime_ns for path in files(folder)}
     second = sweep(*arguments[:1], ["clip", *methods], *arguments[2:], **quick)
-    assert second.equals(first) and len(calls) == 5
+    assert second.equals(first) and len(trainings) == 5
     assert stamps == {path: path.stat().st_mtime_ns for path in files(folder)}
     sweep(*arguments[:1], [methods[0]], *arguments[2:], force=True, **quick)
-    assert len(calls) == 7 and len(files(folder)) == 5
+    assert len(trainings) == 7 and len(files(folder)) == 5
 
 
 @pytest.mark.parametrize(

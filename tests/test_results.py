@@ -331,6 +331,11 @@ def test_weights_that_were_replaced_are_another_model():
     other = runs.assign(method="kgcoop", value=10.0)
     found = differences(pd.concat([runs, other]), runs["method"][0], "kgcoop")
     assert sorted(found) == [60, 70]
+    old = other.assign(weights="aaa").iloc[
+        :2
+    ]  # nor one method's old with another's new
+    with pytest.raises(InputError, match="no runs of 'kgcoop'"):
+        differences(pd.concat([old, runs.iloc[2:3]]), runs["method"][0], "kgcoop")
 
 
 def test_average_interval_is_over_seeds_within_tasks():
