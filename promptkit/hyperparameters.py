@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
+
 from promptkit.errors import InputError, unknown
 
 
@@ -55,6 +57,19 @@ def holds(hint, kinds: tuple[type, ...]) -> bool:
     return any(holds(part, kinds) for part in typing.get_args(hint))
 
 
+def plain(value):
+    """A number of NumPy's, as ``np.linspace`` gives them, as Python's own; the same in
+    what lists and dictionaries hold.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value
+
+
 def check(owner: str, known: dict[str, tuple[Any, Any]], given: dict) -> dict:
     """The arguments with their defaults filled in.
 
@@ -67,6 +82,7 @@ def check(owner: str, known: dict[str, tuple[Any, Any]], given: dict) -> dict:
         InputError: one is unknown (with the nearest name), missing, or is not what its
             annotation asks for.
     """
+    given = plain(given)
     for name, value in given.items():
         if name not in known:
             raise unknown(f"hyperparameter of {owner}", name, known)

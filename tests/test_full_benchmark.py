@@ -13,10 +13,11 @@ from test_protocols import tiny
 from promptkit import data, runs
 from promptkit.data.benchmark import TABLE
 from promptkit.grids import benchmark
-from promptkit.methods import coprompt
+from promptkit.methods import coprompt, tpt
 from promptkit.recipe import PROTOCOLS
 from promptkit.registry import specs, supervision
 from promptkit.results import load_results
+from promptkit.views import drawn_views
 
 
 def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F811
@@ -26,6 +27,11 @@ def test_every_cell_of_the_table(real_root, tmp_path, monkeypatch):  # noqa: F81
     clip = tiny(layers=3)  # as deep as the transfer recipes put prompts
     shallow = {key: (3, *rest) for key, (_, *rest) in coprompt.SETTINGS.items()}
     monkeypatch.setattr(coprompt, "SETTINGS", shallow)  # of up to nine blocks
+    monkeypatch.setattr(  # half of all time would go into 64 views of each image
+        tpt,
+        "drawn_views",
+        lambda clip, images, n, *how: drawn_views(clip, images, 4, *how),
+    )
     monkeypatch.setattr(runs, "load_clip", lambda *args, **kwargs: clip)
     runs._clip.cache_clear()
     monkeypatch.setenv("PROMPTKIT_CACHE", str(tmp_path / "cache"))

@@ -124,15 +124,30 @@ def test_committed_notebook(path, check):
     check(notebook, path)
 
 
-def run(path, folder, **parameters):
-    """nbmake runs a copy with other parameters; what the run stores stays in a
-    temporary folder.
+FEW_EPOCHS = """# The papers' recipes, but few epochs of them.
+from dataclasses import replace
+
+from promptkit import registry
+
+def shortened(recipe):
+    stages = tuple(map(shortened, recipe.stages))
+    return replace(recipe, epochs=min(recipe.epochs, 3), stages=stages)
+
+whole = registry.for_profile
+registry.for_profile = lambda *arguments: shortened(whole(*arguments))"""
+
+
+def run(path, folder, first="", **parameters):
+    """nbmake runs a copy with other parameters, after a cell `first`; what the run
+    stores stays in a temporary folder.
     """
     known = papermill.inspect_notebook(path)
     parameters = {key: value for key, value in parameters.items() if key in known}
     if "output" in known:
         parameters["output"] = str(folder / "output")
     notebook = parameterize_notebook(load_notebook_node(str(path)), parameters)
+    if first:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     nbformat.write(notebook, folder / path.name)
     (folder / "pytest.ini").write_text("[pytest]\n")  # not this project's options
     (folder / "conftest.py").write_text(PATIENT)
@@ -160,14 +175,21 @@ def test_runs_in_the_smoke_profile(path, tmp_path):
     "path", NOTEBOOKS[1:], ids=lambda path: path.stem
 )  # the first is about the mini world alone
 def test_runs_in_the_full_profile(path, tmp_path, real_root, monkeypatch):  # noqa: F811
-    """By the papers' recipes on few images in a real dataset's format, and with the
-    mini CLIP.
+    """By the papers' recipes, a few epochs of them, on few images in a real dataset's
+    format, and with the mini CLIP.
     """
     monkeypatch.setenv("PROMPTKIT_DATA", str(real_root))
-    datasets = ["imagenet"] if "tpt" in path.stem else ["eurosat"]
+    at_test = "tpt" in path.stem  # an image costs as much as some epochs elsewhere
     shots = papermill.inspect_notebook(path).get("shots", {"default": ""})["default"]
     fewer = {"shots": [1, 2]} if "," in shots else {}  # a curve of two points
     run(
-        path, tmp_path, profile="full", model="mini", datasets=datasets, seeds=[1, 2],
+        path,
+        tmp_path,
+        FEW_EPOCHS,
+        profile="full",
+        model="mini",
+        datasets=["imagenet"] if at_test else ["eurosat"],
+        seeds=[1] if at_test else [1, 2],
+        workers=1,  # other processes would train all epochs
         **fewer,
-    )  # fmt: skip
+    )

@@ -14,6 +14,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -25,7 +26,7 @@ from promptkit.data import Dataset, Split
 from promptkit.errors import InputError
 from promptkit.grids import SweepError, sweep
 from promptkit.protocols import base_to_new, cross_dataset, few_shot
-from promptkit.registry import load_method
+from promptkit.registry import build, load_method
 from promptkit.results import COLUMNS, harmonic_mean, load_results, read_run
 from promptkit.runs import Run, estimate, execute, plan
 from promptkit.tuning import tune
@@ -433,6 +434,25 @@ def test_bad_input(arguments, message):
     } | arguments
     with pytest.raises(InputError, match=message):
         few_shot(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As np.linspace and np.arange give them."""
+    own = {"n_ctx": 2, "lr": 0.25}
+    theirs = {"n_ctx": np.int64(2), "lr": np.float32(0.25)}
+    first, second = (
+        plan(Run("few-shot", "coop", toy(), clip=tiny(), shots=2, overrides=overrides))
+        for overrides in (own, theirs)
+    )
+    assert json.dumps(first.config) == json.dumps(second.config)
+    method = build(
+        "kgcoop", tiny(), ["cat", "dog"], lam=np.float64(2), n_ctx=np.int8(4)
+    )
+    assert json.dumps(method.hparams) == json.dumps(method.hparams | {"lam": 2.0})
+    assert type(method.hparams["n_ctx"]) is int
+    nan = np.float64("nan")
+    with pytest.raises(InputError, match="lam must be a number, got nan"):
+        build("kgcoop", tiny(), ["cat", "dog"], lam=nan)
 
 
 def test_other_bad_requests(folder):
