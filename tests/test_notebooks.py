@@ -125,16 +125,20 @@ def test_committed_notebook(path, check):
 
 
 FEW_EPOCHS = """# The papers' recipes, but few epochs of them.
-from dataclasses import replace
-
 from promptkit import registry
 
-def shortened(recipe):
-    stages = tuple(map(shortened, recipe.stages))
-    return replace(recipe, epochs=min(recipe.epochs, 3), stages=stages)
 
-whole = registry.for_profile
-registry.for_profile = lambda *arguments: shortened(whole(*arguments))"""
+def few_epochs(recipe_of):
+    from dataclasses import replace
+
+    def cut(recipe):
+        stages = tuple(map(cut, recipe.stages))
+        return replace(recipe, epochs=min(recipe.epochs, 3), stages=stages)
+
+    return lambda *arguments: cut(recipe_of(*arguments))
+
+
+registry.for_profile = few_epochs(registry.for_profile)"""
 
 
 def run(path, folder, first="", **parameters):
