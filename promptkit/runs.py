@@ -24,7 +24,6 @@ import torch
 from promptkit import costs, data, hyperparameters, identity, probe, registry, train
 from promptkit.clip import FrozenCLIP, load_clip
 from promptkit.errors import InputError, unknown
-from promptkit.hyperparameters import plain
 from promptkit.method import Method
 from promptkit.recipe import TRANSFER, Recipe, Setting
 from promptkit.registry import build, by_target, load_method, nesting, supervision
@@ -89,7 +88,7 @@ class Run:
     root: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "overrides", plain(self.overrides))
+        object.__setattr__(self, "overrides", hyperparameters.plain(self.overrides))
 
     @property
     def portable(self) -> bool:
