@@ -454,7 +454,7 @@ class Method(nn.Module, metaclass=MethodType):
 
     def backward(self, batch: Batch, outer: "Method | None" = None) -> Tensor:
         """Leave in ``.grad`` what the optimizer shall follow; returns the loss to
-        report, () (ProGrad's projection, MMA's scaled gradients).
+        report, () (ProGrad's projection, the stages of CasPL).
 
         Args:
             outer: the outermost plug-in around this method, whose loss it is.

@@ -209,12 +209,12 @@ The methods of this book on the same footing: the {tasks} tasks of the mini worl
 images a class, up to {seeds} seeds, training on the base classes and testing on base
 and on new ones. Each method follows its own paper's recipe, as the one rule of
 {{py:func}}`promptkit.recipe.for_profile` puts it. Zero-shot CLIP uses each task's own
-template; the contexts of most methods start from "a photo of a", and KgCoOp, ProGrad
-and PromptSRC are drawn towards hand-written prompts, among them the task's own. A row
-marked * is a host trained by the recipe of the plug-in in brackets. One marked † reads
-sentences about the classes that it is tested on, new ones too; those of the mini world
-are true, and say of a class all that makes it one. PromptKD has the 20 epochs of its
-paper and UPL four contexts in place of 16, as in their chapters.
+template; the contexts of most methods start from "a photo of a", and KgCoOp, TCP,
+ProGrad and PromptSRC are drawn towards hand-written prompts, among them the task's own.
+A row marked * is a host trained by the recipe of the plug-in in brackets. One marked †
+reads sentences about the classes that it is tested on, new ones too; those of the mini
+world are true, and say of a class all that makes it one. PromptKD has the 20 epochs of
+its paper and UPL four contexts in place of 16, as in their chapters.
 
 ```{{figure}} _static/leaderboard.svg
 :alt: Each method as a point, base accuracy across, new accuracy up; lines of equal H.
@@ -232,7 +232,8 @@ and for reconstructions.{_open(missing)}
 
 ## What the papers say of each other
 
-Differences of the averages over tasks, with 95 % intervals over seeds.
+Differences of the averages over tasks, with 95 % intervals over seeds. They are taken
+in the claim's direction: a positive one speaks for it, also where it says "below".
 
 {_claims(compared(whole))}
 
@@ -523,9 +524,10 @@ def claims(folder="book", results=None) -> Path:
     )
     text = f"""# Claims
 
-What the papers say and what the chapters measured: {len(every)} claims, {summary}. A
-claim holds when the whole 95 % interval of the measured difference is on its side, does
-not hold when the whole interval is on the other, and is undecided in between.
+What the papers say, what this book asks beside it (such rows say "ours" or "not a claim
+of the paper"), and what the chapters measured: {len(every)} claims, {summary}. A claim
+holds when the whole 95 % interval of the measured difference is on its side, does not
+hold when the whole interval is on the other, and is undecided in between.
 
 - Everything here was measured on the mini world, where a chapter does not say
   otherwise: a claim about the real benchmark that does not hold here may well hold

@@ -135,8 +135,8 @@ def table(methods: dict, protocols=PROTOCOLS) -> str:
             here = f"**Extrapolation.** {run.notes}" if run.extrapolation else run.notes
             cells = [
                 protocol,
-                ", ".join(run.backbones) or "any",
-                ", ".join(map(str, run.shots)) or "none",
+                ", ".join(run.backbones) or "—",
+                ", ".join(map(str, run.shots)) or ("none" if run.backbones else "—"),
                 run.source,
                 here,
             ]

@@ -18,9 +18,10 @@ LAYERS = (
     "errors files frozen towers adapters weights clip mini_clip prompts boosting"
     " descriptions data views randaugment recipe published"
     " hyperparameters picture heads quaternion transport waffle lettering"
-    " method sets projector sampling plugin registry train attributes probe pretrain"
-    " results identity costs runs evidence protocols workers grids tuning export"
-    " testing parameters plots diagram widgets pages chapter reproduce audit cli"
+    " method sets projector sampling plugin controls registry train attributes probe"
+    " pretrain intervals results identity costs runs evidence protocols workers grids"
+    " tuning export testing parameters plots diagram widgets pages chapter kernel"
+    " reproduce audit cli"
 ).split()
 
 SECTION = """## `{name}`

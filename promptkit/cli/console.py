@@ -146,7 +146,8 @@ Device = option(str | None, "cpu or cuda; default: a GPU if there is one.")
 Precision = option(str, "fp32, bf16 or fp16.", show_default=True)
 Model = option(
     str | None,
-    "mini, mini-teacher or any ViT of open_clip; default: mini, for full ViT-B-16.",
+    "mini, mini-teacher, or a model of open_clip with a ViT or CLIP's ResNet; default:"
+    " mini, for full ViT-B-16.",
 )
 Pretrained = option(
     str | None, "Weights of an open_clip model: a tag such as openai, or a file."
