@@ -1,11 +1,14 @@
 """Optimal transport between weighted sets, by Sinkhorn's iterations.
 
 Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport (NeurIPS 2013;
-arXiv 1306.0895), here in the logarithmic domain, where nothing underflows.
+arXiv 1306.0895), in the logarithmic domain where a kernel could underflow. Elsewhere it
+is the plain form: the number of iterations hangs on how the scalings are rounded.
 """
 
 import torch
 from torch import Tensor
+
+SAFE = -60.0  # exp of it, of its double too, is above the least float32
 
 
 def sinkhorn(
@@ -34,14 +37,24 @@ def sinkhorn(
         0 where it was done.
     """
     kernel = -cost / epsilon
-    r, q = torch.zeros_like(cost[..., 0]), torch.zeros_like(cost[:, :, 0])  # logarithms
+    plain = bool(kernel.min() > SAFE)
+    if plain:
+        kernel, a, b = kernel.exp(), log_a.exp()[:, None], log_b.exp()
+        r, q = torch.ones_like(cost[..., 0]), torch.ones_like(cost[:, :, 0])
+    else:  # r and q are logarithms
+        r, q = torch.zeros_like(cost[..., 0]), torch.zeros_like(cost[:, :, 0])
     going = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
     steps = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
     changes = []
     for _ in range(iterations):
-        new_r = log_a[:, None] - (kernel + q[:, :, None]).logsumexp(dim=3)
-        new_q = log_b - (kernel + new_r[..., None]).logsumexp(dim=2)
-        change = (new_r.exp() - r.exp()).abs().mean(dim=(1, 2))  # (B,)
+        if plain:
+            new_r = a / (kernel @ q[..., None])[..., 0]
+            new_q = b / (kernel.mT @ new_r[..., None])[..., 0]
+            change = (new_r - r).abs().mean(dim=(1, 2))  # (B,)
+        else:
+            new_r = log_a[:, None] - (kernel + q[:, :, None]).logsumexp(dim=3)
+            new_q = log_b - (kernel + new_r[..., None]).logsumexp(dim=2)
+            change = (new_r.exp() - r.exp()).abs().mean(dim=(1, 2))
         r = torch.where(going[:, None, None], new_r, r)
         q = torch.where(going[:, None, None], new_q, q)
         steps += going
@@ -49,5 +62,8 @@ def sinkhorn(
         going &= (change.mean() if together else change) >= threshold
         if not going.any():
             break
-    plan = (kernel + r[..., None] + q[:, :, None]).exp()
+    if plain:
+        plan = r[..., None] * kernel * q[:, :, None]
+    else:
+        plan = (kernel + r[..., None] + q[:, :, None]).exp()
     return plan, steps, torch.stack(changes, dim=1)

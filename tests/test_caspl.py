@@ -342,6 +342,9 @@ def test_published_options_and_settings(tiny_clip):
     assert coop.context.length == 4  # words set the length
     words = tiny_clip.embed(tiny_clip.encode("a photo of a"))
     assert torch.equal(coop.boosting.text[0].data, words)
+    options = {"n_adapt_text": 3, "ctx_init": "this is a", "n_boost_text": 4}
+    coop = from_official("caspl(coop)", tiny_clip, NAMES, options)  # the host's words
+    assert coop.context.length == 3 and len(coop.boosting.text[0]) == 4
 
     full = Setting("base-to-new", "dtd", profile="full")
     plan = recipe("caspl(promptsrc)", full)

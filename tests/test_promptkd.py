@@ -14,7 +14,7 @@ from promptkit.export import Deployed, export_program
 from promptkit.method import Batch
 from promptkit.methods.promptkd import as_seen_by, divergence
 from promptkit.recipe import PROTOCOLS, Recipe, Setting
-from promptkit.registry import build, load_official, recipe
+from promptkit.registry import build, from_official, load_official, recipe
 from promptkit.runs import Run, plan
 from promptkit.testing import NAMES, PROMISES, tiny_clip, toy_dataset
 from promptkit.train import accuracy, fit, visible
@@ -114,6 +114,11 @@ def test_ablations(tiny_clip, dataset):
     assert names == ["project.0.weight", "project.0.bias"]
     frozen = tiny_clip.encode_image(batch.images)
     torch.testing.assert_close(head.image_features(batch.images), frozen)
+    options = {"prompt_depth_vision": 0, "n_ctx_vision": 4}  # of no prompts
+    published = from_official(
+        "promptkd", tiny_clip, NAMES, options, teacher=head.teacher
+    )
+    assert not published.vision
     assert len(made(tiny_clip, layers=3).project) == 7
     for distil, power in (("l1", 1), ("mse", 2)):
         method = made(tiny_clip, distil=distil, weight=3.0).eval()

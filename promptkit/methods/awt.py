@@ -8,11 +8,12 @@ Without ``adapters`` nothing is learned. With them this is its few-shot form, wh
 trains small adapters in both towers through the same score.
 
 Deviations: everything is float32 by default, where the published runs encode in half
-precision. Sinkhorn's iterations run in the logarithmic domain, and each image has its
-own stopping rule, so that a score does not depend on the other images of a batch; the
-published few-shot code stops a batch together (``together``). Where a class has fewer
-sentences than are asked for, all classes have as many as it has. EuroSAT's class names,
-which that code rewrites, are the dataset's own here.
+precision. Sinkhorn's iterations run in the logarithmic domain where the kernel could
+underflow, and each image has its own stopping rule, so that a score does not depend on
+the other images of a batch; the published few-shot code stops a batch together
+(``together``). Where a class has fewer sentences than are asked for, all classes have
+as many as it has. EuroSAT's class names, which that code rewrites, are the dataset's
+own here.
 """
 
 import re

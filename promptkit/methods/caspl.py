@@ -383,13 +383,18 @@ class CasPL(Plugin):
 
     @classmethod
     def from_official(cls, clip, classnames, hyperparameters, **objects):
-        """As for any method; the lengths and the depth of the adapting prompts are
-        those of the host, which is made anew with them.
+        """As for any method; the lengths and the depth of the adapting prompts, and the
+        words, are those of the host, which is made anew with them.
         """
         host = objects.get("host")
         if host is not None and not host.plugin:
             options = host.hparams | _adapting(type(host), hyperparameters)
             objects["host"] = type(host)(clip, classnames, **options)
+        if host is not None:
+            hyperparameters = {
+                name: value for name, value in hyperparameters.items()
+                if name != "ctx_init"
+            }  # fmt: skip
         return super().from_official(clip, classnames, hyperparameters, **objects)
 
     @classmethod

@@ -254,6 +254,14 @@ class PromptKD(Method):
         return taught | flat(state, self)
 
     @classmethod
+    def official_hparams(cls, hyperparameters):
+        """As for any method; without prompts their length is none."""
+        ours = super().official_hparams(hyperparameters)
+        if ours.get("depth_vision") == 0:
+            ours.pop("n_ctx_vision", None)
+        return ours
+
+    @classmethod
     def from_official(
         cls, clip, classnames, hyperparameters, *, teacher=None, **objects
     ):

@@ -83,6 +83,7 @@ def check_classification(clip, fixture, arrays):
     )
     prompts, labels = given(fixture, "prompt_features"), torch.tensor(fixture["labels"])
     counts = torch.tensor(fixture["hyperparameters"]["prompts_per_class"])
+    counts = counts.expand(len(prompts))  # one number, or one for each class
     there = torch.arange(prompts.shape[1]) < counts[:, None]
     method = make(fixture, len(template))
     mine = prompts[labels], there[labels]

@@ -9,8 +9,14 @@ from seeded import seeded
 from promptkit.sampling import kmeans, sampled
 
 
+def before_argue(method, fixture, batch, part):
+    """The losses of its fixtures are without noise, but for "loss_noise"."""
+    method.noise = 0.0
+
+
 def also_argue(method, fixture, arrays, batch):
     """The terms of the loss, and the loss under the described noise."""
+    before_argue(method, fixture, batch, "terms")
     image, text = method.features(batch)
     cross_entropy = method.criterion(batch, image, text)
     close(cross_entropy, arrays, "cross_entropy", atol=1e-6)
@@ -21,7 +27,8 @@ def also_argue(method, fixture, arrays, batch):
     norms = method.clip.encode_text(filled).norm(dim=-1).view(len(templates), -1)
     close(norms, arrays, "class_text_features_norm")
     noise = seeded(f"{fixture['name']}/noise", method.references.shape)
-    total = cross_entropy + method.reg_weight * method.text_to_text(0.05 * noise)
+    scale = fixture["hyperparameters"].get("noise", 0.05)
+    total = cross_entropy + method.reg_weight * method.text_to_text(scale * noise)
     total = total + method.neg_weight * method.text_to_bias(image)
     close(total, arrays, "loss_noise", atol=1e-6)
 
@@ -51,5 +58,6 @@ def check_sampling(clip, fixture, arrays):
     assert all(compared), "the fixture lacks an array that the sampling is checked by"
 
 
+BEFORE = {"argue": before_argue}
 ALSO = {"argue": also_argue}
 OWN = {("argue", None): check_sampling}

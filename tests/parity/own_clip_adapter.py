@@ -7,13 +7,15 @@ from promptkit.registry import build
 
 
 def also_clip_adapter(method, fixture, arrays, batch):
-    image = method.clip.encode_image(batch.images)
-    n = arrays["adapter_output"].shape[1]
-    with torch.no_grad():
-        close(method.image_adapter(image)[:, :n], arrays, "adapter_output", atol=1e-5)
+    if "adapter_output" in arrays:
+        image = method.clip.encode_image(batch.images)
+        n = arrays["adapter_output"].shape[1]
+        with torch.no_grad():
+            mapped = method.image_adapter(image)[:, :n]
+        close(mapped, arrays, "adapter_output", atol=1e-5)
     template = method.option("template")
     plain = build("clip", method.clip, method.classnames, template=template)
-    assert close(plain.logits(batch), arrays, "logits_frozen_clip")
+    close(plain.logits(batch), arrays, "logits_frozen_clip")
 
 
 ALSO = {"clip_adapter": also_clip_adapter}

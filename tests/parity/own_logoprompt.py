@@ -30,8 +30,10 @@ def check_logoprompt(clip, fixture, arrays):
             name: p.get("mean", 0.0)
             + seeded(f"{fixture['name']}/{name}", p["shape"], p["std"])
             for name, p in fixture["parameters"].items()
+            if "std" in p
         }
-        method.load_official(state)
+        if state:  # else its initial words, which it embeds itself
+            method.load_official(state)
         method.keep = False
         method.blocks = lambda classes, generator=None: noise[classes]
         method.places = lambda images, generator=None: places

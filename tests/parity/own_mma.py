@@ -9,7 +9,7 @@ def also_mma(method, fixture, arrays, batch):
     if "n_parameters" in fixture:
         assert method.n_parameters == fixture["n_parameters"]
     plain = build("clip", method.clip, method.classnames, template=method.template)
-    assert close(plain.logits(batch), arrays, "logits_frozen_clip")
+    close(plain.logits(batch), arrays, "logits_frozen_clip")
 
 
 ALSO = {"mma": also_mma}
