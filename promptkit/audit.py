@@ -17,7 +17,7 @@ import nbformat
 import pandas as pd
 
 from promptkit import evidence, pages
-from promptkit.data import MINI_TASKS
+from promptkit.data import MINI_TASKS, load_dataset
 from promptkit.errors import InputError, unknown
 from promptkit.files import cache_folder, write_atomically
 from promptkit.grids import RECORDER, execute_all
@@ -239,10 +239,9 @@ def audit(
 
 
 def choose(rows: pd.DataFrame, sample: int, seed=0, methods=None) -> list[Plan]:
-    """One shipped run of every method and protocol and a random sample of the rest;
-    those that took least time first.
+    """One shipped run of every method and protocol, of the smallest dataset that it has
+    (the cheapest), and a random sample of the rest; those that took least time first.
 
-    The one is the quickest of those as the recipe has them, else of those that train.
     Where seeds are further apart than the tolerance, another processor's rounding
     changes a run as another seed does: such runs are not repeated, unless a method has
     no other; then those whose seeds are nearest.
@@ -255,13 +254,10 @@ def choose(rows: pd.DataFrame, sample: int, seed=0, methods=None) -> list[Plan]:
         runs = runs[runs["method"].isin(methods)]
     if not len(runs):
         raise InputError("no runs ship with the package: there is nothing to audit")
-    given = runs["overrides"].map(json.loads)
-    idle = given.map(lambda overrides: overrides.get("epochs") == 0)
+    size = runs["dataset"].map(lambda name: len(load_dataset(name).classnames))
     apart = runs["asked"].map(_apart(rows)).fillna(0).clip(lower=TOLERANCE)
-    runs = runs.assign(apart=apart, idle=idle, changed=given.map(bool))
-    runs = runs.sample(frac=1, random_state=seed)
-    order = ["apart", "idle", "changed", "seconds"]
-    runs = runs.sort_values(order, kind="stable")
+    runs = runs.assign(size=size, apart=apart).sample(frac=1, random_state=seed)
+    runs = runs.sort_values(["apart", "size"], kind="stable")
     first = runs.drop_duplicates(["method", "protocol"])
     rest = runs[~runs["asked"].isin(first["asked"]) & (runs["apart"] == TOLERANCE)]
     rest = rest.sample(min(sample, len(rest)), random_state=seed)
