@@ -14,8 +14,10 @@ def also_tcp(method, fixture, arrays, batch):
     close(method.class_tokens(), arrays, "class_prompt", atol=1e-5)
     image, text = method.features(batch)
     close(method.criterion(batch, image, text), arrays, "loss_ce", atol=1e-6)
-    cosine = torch.cosine_similarity(text, method.anchor, dim=-1)
-    close(1 - cosine.mean(), arrays, "loss_kg", atol=1e-6)
+    penalty = 1 - torch.cosine_similarity(text, method.anchor, dim=-1).mean()
+    if method.kg_weight:
+        penalty = method.regularizer(batch, image, text) / method.kg_weight
+    close(penalty, arrays, "loss_kg", atol=1e-6)
     if "logits_after_adam" not in arrays:
         return
     described = fixture["optimizer"]["trace_adam"]
