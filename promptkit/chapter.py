@@ -3,10 +3,13 @@ its verdicts.
 """
 
 import inspect
+import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import matplotlib
 import pandas as pd
@@ -119,6 +122,27 @@ class Chapter:
             if self.root is None
             else data.load_dataset(name, self.root)
         )
+
+    def sentences(self, folder: str = "") -> dict[str, str]:
+        """The option ``descriptions`` of this chapter's runs, for ``**``.
+
+        Args:
+            folder: of files with sentences about the classes, one a dataset, see
+                :func:`promptkit.data.load_dataset`. Empty: the tasks have their own,
+                but for the real datasets, which come without: in the full profile
+                each class gets its dataset's first eight templates, filled.
+        """
+        if not folder and self.profile != "full":
+            return {}
+        if not folder:
+            folder = tempfile.mkdtemp()
+            for dataset in map(self.load, {*self.tasks, self.main}):
+                filled = {
+                    name: [t.replace("{}", name) for t in dataset.templates[:8]]
+                    for name in dataset.classnames
+                }
+                Path(folder, f"{dataset.name}.json").write_text(json.dumps(filled))
+        return {"descriptions": folder}
 
     def few(self, *wanted: str, n: int = 4) -> list[str]:
         """For ablations: those of the wanted tasks that the chapter has, else its first
