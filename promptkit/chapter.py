@@ -128,9 +128,9 @@ class Chapter:
 
         Args:
             folder: of files with sentences about the classes, one a dataset, see
-                :func:`promptkit.data.load_dataset`. Empty: the tasks have their own,
-                but for the real datasets, which come without: in the full profile
-                each class gets its dataset's first eight templates, filled.
+                :func:`promptkit.data.datasets.load_dataset`. Empty: the tasks have
+                their own, but for the real datasets, which come without: in the full
+                profile each class gets its dataset's first eight templates, filled.
         """
         if not folder and self.profile != "full":
             return {}
