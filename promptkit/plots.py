@@ -366,7 +366,8 @@ def base_new_plane(runs: pd.DataFrame, arrows=(), names=None):
     )
     with style():
         figure, axis = plt.subplots(
-            figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2), layout="constrained"
+            figsize=(5.4, 4.2) if len(points) < 9 else (8.0, 6.2 + len(points) // 20),
+            layout="constrained",
         )
         points = points[["base", "new"]]
         texts = _points(axis, points, names)
@@ -455,7 +456,8 @@ def _points(axis, points, names):
 def spread_labels(texts, lines=()):
     """Put each label beside its point, or near to it at the end of a line, where it
     covers no point, none of the lines (pairs of ends) and nothing placed before it, and
-    its own line neither. Call it last: where the axes change later, labels stay.
+    its own line neither, unless there is no such place. Call it last: where the axes
+    change later, labels stay.
 
     Args:
         texts: annotations of one axis at their points, placed in points from them
@@ -488,7 +490,12 @@ def spread_labels(texts, lines=()):
     labels = []
     for text, place, own in zip(texts, places, spots, strict=True):
         crossed = [*labels, *(spot for spot in spots if not spot.overlaps(own))]
-        for x, y in [*beside, *around, beside[0]]:  # the last where no place is free
+        # In a crowd a line may cross something; the last is for where no place is free.
+        for x, y, may_cross in [
+            *((x, y, False) for x, y in [*beside, *around]),
+            *((x, y, True) for x, y in around),
+            (*beside[0], True),
+        ]:
             text.set_position((x, y))
             text.set_horizontalalignment("left" if x > 0 else "right")
             box, line = text.get_window_extent(), []
@@ -498,7 +505,7 @@ def spread_labels(texts, lines=()):
             inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
             free = not any(box.overlaps(other) for other in taken)
             crossing = any(part.overlaps(other) for part in line for other in crossed)
-            if inside and free and not crossing:
+            if inside and free and (may_cross or not crossing):
                 break
         labels.append(box)
         taken += [box, *line]
