@@ -893,7 +893,7 @@ RESULTS = {
     "twice": lambda text: text + text,
     "an edited number": lambda text: text.replace("80.0", "90.0"),
     "an edited seed": lambda text: text.replace('"seed": 1', '"seed": 2'),
-    "an edited date": lambda text: text.replace("2026-01-01", "2027-01-01"),
+    "an edited date": lambda text: re.sub(r'(?<="created": ")\d{4}', "1999", text),
     "not a number": lambda text: text.replace("80.0", "NaN"),
     "endless": lambda text: text.replace("80.0", "Infinity"),
     "text for a number": put("80", "rows", 0, "value"),
@@ -947,7 +947,7 @@ def test_a_damaged_result_is_measured_again(room):
     whole = path.read_bytes()
     for case in ("empty", "cut", "deep", "an edited date", "versions as text"):
         path.write_bytes(whole)
-        changed = RESULTS[case](path.read_text().replace("2026-11", "2026-01"))
+        changed = RESULTS[case](path.read_text())
         write(path, changed if isinstance(changed, bytes) else changed.encode())
         again = ask(*words)
         assert again.exit_code == 0 and "running it again" in again.stderr, case
