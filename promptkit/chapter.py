@@ -132,9 +132,7 @@ class Chapter:
                 their own, but for the real datasets, which come without: in the full
                 profile each class gets its dataset's first eight templates, filled.
         """
-        if not folder and self.profile != "full":
-            return {}
-        if not folder:
+        if not folder and self.profile == "full":
             folder = tempfile.mkdtemp()
             for dataset in map(self.load, {*self.tasks, self.main}):
                 filled = {
@@ -142,7 +140,7 @@ class Chapter:
                     for name in dataset.classnames
                 }
                 Path(folder, f"{dataset.name}.json").write_text(json.dumps(filled))
-        return {"descriptions": folder}
+        return {"descriptions": folder} if folder else {}
 
     def few(self, *wanted: str, n: int = 4) -> list[str]:
         """For ablations: those of the wanted tasks that the chapter has, else its first
