@@ -490,6 +490,9 @@ def spread_labels(texts, lines=()):
     labels = []
     for text, place, own in zip(texts, places, spots, strict=True):
         crossed = [*labels, *(spot for spot in spots if not spot.overlaps(own))]
+        # Of points that touch each has its label on its own side.
+        pairs = zip(places, spots, strict=True)
+        touching = [at for at, spot in pairs if spot.overlaps(own)]
         # In a crowd a line may cross something; the last is for where no place is free.
         for x, y, may_cross in [
             *((x, y, False) for x, y in [*beside, *around]),
@@ -499,13 +502,16 @@ def spread_labels(texts, lines=()):
             text.set_position((x, y))
             text.set_horizontalalignment("left" if x > 0 else "right")
             box, line = text.get_window_extent(), []
+            end = place + pixel * np.array([x, y + 3])
+            nearest = min(np.hypot(*(end - at)) for at in touching)
+            own_side = np.hypot(*(end - place)) <= nearest
             if (x, y) not in beside:
-                line = along(place, place + pixel * np.array([x, y + 3]))
+                line = along(place, end)
             inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1
             inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
             free = not any(box.overlaps(other) for other in taken)
             crossing = any(part.overlaps(other) for part in line for other in crossed)
-            if inside and free and (may_cross or not crossing):
+            if inside and free and own_side and (may_cross or not crossing):
                 break
         labels.append(box)
         taken += [box, *line]

@@ -22,6 +22,7 @@ from promptkit.plots import (
     loss_curve,
     option_curves,
     similarity_map,
+    spread_labels,
 )
 from promptkit.widgets import Playground
 
@@ -264,6 +265,20 @@ def test_labels_of_near_points_do_not_cover_each_other():
     ]
     pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
     assert len(boxes) == 4 and not any(a.overlaps(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("apart", [(0.0, 0.02), (0.004, 0.02), (-0.004, 0.02)])
+def test_labels_of_points_that_touch_stay_on_their_own_sides(apart):
+    """At the left edge, with something in the way where the upper one's would be."""
+    lower = np.array([0.02, 0.5])
+    figure, axis = plt.subplots()
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    axis.annotate("in the way", lower, (6, 16), textcoords="offset points")
+    beside = {"textcoords": "offset points"}
+    upper = axis.annotate("upper", lower + apart, (6, 4), **beside)
+    under = axis.annotate("lower", lower, (6, 4), **beside)
+    spread_labels([under, upper])
+    assert under.get_window_extent().y1 < upper.get_window_extent().y0
 
 
 def test_change_map():

@@ -5,7 +5,7 @@ CLIP-Adapter: Better Vision-Language Models with Feature Adapters; Gao et al., I
 
 Deviations: as in the published code, and not as in the paper's formula, a ReLU follows
 the second layer too (``last_relu``). The published code is that of the image adapter
-alone, without the settings of its runs: the text adapter follows the paper's formula,
+alone, without the settings of its runs: the text adapter has the same form,
 the few-shot recipe has the paper's rate and CoOp's momentum and weight decay, and the
 other protocols, which the paper has not, are run as the APEX paper did (arXiv
 2311.15569).
