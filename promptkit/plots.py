@@ -511,7 +511,7 @@ def spread_labels(texts, lines=()):
             inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
             free = not any(box.overlaps(other) for other in taken)
             crossing = any(part.overlaps(other) for part in line for other in crossed)
-            if inside and free and own_side and (may_cross or not crossing):
+            if inside and free and (may_cross or own_side and not crossing):
                 break
         labels.append(box)
         taken += [box, *line]
