@@ -378,8 +378,10 @@ class Context(nn.Module):
         generator (torch.Generator | None): where the random initialisation comes from,
             on the CPU.
         ending (str): the text that holds the class name, such as "{}, a type of pet.".
-        overwrite (bool): of the words the first M tokens learn, however many words they
-            are: the written prompt's positions are overwritten (MaPLe, APEX).
+        overwrite (bool): the first M tokens of the written prompt learn, however many
+            words they are (MaPLe, APEX). Where the words have fewer, the learned tokens
+            begin as the words, EOT and padding, and take the places of as many first
+            tokens of the class name and what follows it, as in the published code.
 
     Attributes:
         vectors (Parameter): (M, D), or (C, M, D) when class-specific.
@@ -390,7 +392,8 @@ class Context(nn.Module):
     Raises:
         InputError: for an unknown position, a length below 1, unusable names, an
             `ending` without "{}" (or that does not begin with it, in the middle and in
-            front), a class-specific context with words, or a prompt that is too long.
+            front), a class-specific context with words, a prompt that is too long, or a
+            name that `overwrite` would leave nothing of, not even EOT.
     """
 
     slot = 0
@@ -417,6 +420,7 @@ class Context(nn.Module):
             )
         self.__dict__["clip"] = clip
         self._extra: list[int] = []
+        self._taken = 0  # tokens of the name that learned ones stand for
         if length is not None and length < 1:
             raise InputError(f"a context needs at least one token, not length={length}")
         words = (words or "").replace("_", " ").split()
@@ -442,11 +446,11 @@ class Context(nn.Module):
             )
         if words:
             ids = clip.encode(words)
-            known = min(
-                len(ids) if overwrite else len(words.split()),
-                len(ids),
-                length or len(ids),
-            )
+            if overwrite and (length or 0) > len(ids):
+                self._taken = length - len(ids)
+                ids += [clip.tokenizer.eot_token_id, *[0] * (self._taken - 1)]
+            known = len(ids) if overwrite else len(words.split())
+            known = min(known, len(ids), length or len(ids))
             length = length or known
             self._extra = ids[known:]
             vectors = nn.functional.pad(
@@ -497,18 +501,31 @@ class Context(nn.Module):
     def pattern(self, names: list[str]) -> list:
         """The segments of the prompt, as `Template` takes them, for C names."""
         extra = [torch.tensor(self._extra)] if self._extra else []
-        if self.position == "end":
+        if self.position == "end" and not self._taken:
             return [self.length, *extra, self.ending]
         tails = [
             self._extra + self.clip.encode(self.ending.replace("{}", name))
             for name in names
         ]
+        if self._taken:
+            return [self.length, [self._left(*both) for both in zip(names, tails)]]
         sizes = [len(self.clip.encode(name)) for name in names]
         own = [tail[:n] for tail, n in zip(tails, sizes, strict=True)]
         rest = [tail[n:] for tail, n in zip(tails, sizes, strict=True)]
         if self.position == "front":
             return [own, self.length, rest]
         return [self._half, own, self.length - self._half, rest]
+
+    def _left(self, name, tail):
+        """What learned tokens leave of a name and what follows it."""
+        if self._taken > len(tail):
+            raise InputError(
+                f"{self.length} learned tokens, of which the initial words are"
+                f" {self.length - self._taken}, would overwrite the end of the prompt"
+                f" of class {_short(name)}, which has {len(tail)} more: take fewer"
+                " tokens or more initial words"
+            )
+        return tail[self._taken :]
 
     def prompt(
         self, vectors: Tensor | None = None, classes: Tensor | None = None
@@ -547,8 +564,8 @@ def overwriting_context(
             or none with more than 4 tokens, as in MaPLe's published code.
 
     Raises:
-        InputError: if n is below 1, the words have fewer tokens than that or mark a
-            place for the class name, or there are words and more than 4 tokens.
+        InputError: if n is below 1, the words mark a place for the class name, or there
+            are words and more than 4 tokens.
     """
     if n_ctx < 1:
         raise InputError(f"n_ctx must be at least 1, got {n_ctx!r}")
@@ -563,11 +580,6 @@ def overwriting_context(
         raise InputError(
             f"init={init!r} marks a place for the class name, which stands at the end"
             " here: leave [CLS] out"
-        )
-    tokens = len(clip.encode(init.replace("_", " ")))
-    if init and n_ctx > tokens:
-        raise InputError(
-            f"n_ctx must be at most the {tokens} tokens of init={init!r}, got {n_ctx}"
         )
     return Context(clip, classnames, n_ctx, words=init or None, overwrite=True)
 

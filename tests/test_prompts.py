@@ -158,6 +158,23 @@ def test_overwritten_words_are_counted_in_tokens(tiny_clip, n):
             assert_close(row, embedded(tiny_clip, f"{words} {name}."), rtol=0, atol=0)
 
 
+def test_more_learned_tokens_than_words_run_into_the_name(tiny_clip):
+    """As MaPLe's published code slices the tokenised words and the tokenised prompt."""
+    words, n = "a photo", 4
+    padded = tiny_clip.tokenizer(words)[0]
+    context = overwriting_context(tiny_clip, NAMES, n, words)
+    start = tiny_clip.embed(padded[1 : 1 + n].tolist())
+    assert_close(context.vectors, start, rtol=0, atol=0)
+    for names in (NAMES, ["a harbour at dusk", "sea"]):
+        context.set_classes(names)
+        for name, row in zip(names, rows(context.prompt()), strict=True):
+            expected = embedded(tiny_clip, f"{words} {name}.").clone()
+            expected[1 : 1 + n] = context.vectors.detach()
+            assert_close(row, expected, rtol=0, atol=0)
+    with pytest.raises(InputError, match="4 learned tokens, of which the initial"):
+        overwriting_context(tiny_clip, ["sea"], n, "a")
+
+
 def test_random_initialisation(tiny_clip):
     first, second = (
         Context(
