@@ -122,9 +122,6 @@ class Method(nn.Module, metaclass=MethodType):
     Everything else that is made from class names is made in :meth:`set_classes`, or is
     a ``cached_property``, which is forgotten whenever the classes change.
 
-    A subclass may list in ``at_test`` the hyperparameters that change its answers alone
-    and nothing of its training: runs that differ in them are trained once.
-
     Args:
         clip: the frozen backbone. It stays out of the module tree: ``parameters()`` and
             ``state_dict()`` hold what the method itself learns or remembers.
@@ -168,6 +165,9 @@ class Method(nn.Module, metaclass=MethodType):
     # In a transfer it learns on each target's own images, without labels (PromptKD).
     by_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = True  # whether anything in it is random
+    # Hyperparameters that change its answers alone and nothing of its training: runs
+    # that differ in them are trained once. A class that extends another has its own.
+    at_test: ClassVar[tuple[str, ...]] = ()
     plugin: ClassVar[bool] = False  # whether it takes a host=
     # What a plug-in extends if no host is named: a class with its hyperparameters, and
     # whether such a host learns along (TCP's context) or stays as it is (TPT's words).

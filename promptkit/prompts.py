@@ -39,6 +39,7 @@ class Template:
             EOT staying its last token, in place of refusing it.
 
     Attributes:
+        items (list): the segments: a length, or C lists of token ids, the last EOT.
         slots (list[int]): the lengths of the learned segments.
         starts (list[int | None]): where each learned segment begins in the full
             sequence, SOS being 0; None where that differs by class.
@@ -98,7 +99,7 @@ class Template:
         if truncate:
             items = _truncated(items, C, clip.context_length - 2)  # SOS and EOT
         items.append([[clip.tokenizer.eot_token_id]] * C)
-        self._items = items
+        self.items = items
         self.slots = [item for item in items if isinstance(item, int)]
         self.starts: list[int | None] = []
         ends = [1] * C  # behind SOS
@@ -152,7 +153,7 @@ class Template:
             groups = max(groups, x.shape[0] if x.dim() == 4 else 1)
         by_class = tuple(x.dim() > 2 and x.shape[-3] > 1 for x in tokens)
         if by_class not in self._layouts:
-            self._layouts[by_class] = _Layout(self.clip, self._items, by_class)
+            self._layouts[by_class] = _Layout(self.clip, self.items, by_class)
         return self._layouts[by_class](tokens, groups, C, classes)
 
 
@@ -508,7 +509,10 @@ class Context(nn.Module):
             for name in names
         ]
         if self._taken:
-            return [self.length, [self._left(*both) for both in zip(names, tails)]]
+            return [
+                self.length,
+                [self._left(*both) for both in zip(names, tails, strict=True)],
+            ]
         sizes = [len(self.clip.encode(name)) for name in names]
         own = [tail[:n] for tail, n in zip(tails, sizes, strict=True)]
         rest = [tail[n:] for tail, n in zip(tails, sizes, strict=True)]

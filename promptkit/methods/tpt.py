@@ -258,10 +258,11 @@ class TPT(Plugin):
         if host not in ("", "coop", "cocoop"):
             raise unknown("host of the published TPT", host, ["coop", "cocoop"])
         own, given = cls.official_hparams(hyperparameters), hyperparameters.get
-        words = given("ctx_init") or ""
+        words, n_ctx = given("ctx_init") or "", given("n_ctx") or 4
         if host == "cocoop":
-            words = given("prompt_prefix") or words or "a photo of a"
-            made = CoCoOp(clip, classnames, init=words.replace("_", " "))
+            words = (given("prompt_prefix") or words).replace("_", " ")
+            size = None if words else n_ctx
+            made = CoCoOp(clip, classnames, n_ctx=size, init=words)
             return cls(clip, classnames, host=made, **own, **objects)
         words, split = words.replace("_", " ").split(), given("split_idx")
         position = given("class_token_position") or "end"
@@ -271,7 +272,7 @@ class TPT(Plugin):
         made = CoOp(
             clip,
             classnames,
-            n_ctx=None if words else given("n_ctx") or 4,
+            n_ctx=None if words else n_ctx,
             init=" ".join(words),
             position="middle" if "[CLS]" in words else position,
         )

@@ -27,6 +27,7 @@ from promptkit.published import Published, everywhere
 from promptkit.recipe import Recipe
 
 RULES = Literal["per_class", "global", "threshold", "per_class_or_threshold"]
+CHUNK = 65_536  # images that get their class probabilities together
 
 
 @register
@@ -158,12 +159,14 @@ class UPL(CoOp):
         Args:
             features: of the same images, (N, E_s) for each backbone s, this one first.
         """
-        total = 0.0
-        for clip, image in zip([self.clip, *self.backbones], features, strict=True):
+        total = torch.zeros(len(features[0]), len(self.classnames))
+        for clip, images in zip([self.clip, *self.backbones], features, strict=True):
             text = zero_shot_features(clip, self.classnames, self.templates)
-            cosine = F.normalize(image.float(), dim=-1) @ text.T
-            total = total + (clip.logit_scale * cosine).softmax(dim=-1).cpu()
-        return total / len(features)
+            # All of ImageNet's at once would be 5 GB, several times over.
+            for part, of in zip(images.split(CHUNK), total.split(CHUNK), strict=True):
+                cosine = F.normalize(part.float(), dim=-1) @ text.T
+                of += (clip.logit_scale * cosine).softmax(dim=-1).cpu()
+        return total.div_(len(features))
 
     def prepare(self, dataset, recipe, generator, stage):
         """The dataset with the chosen images of the pool, and CLIP's labels."""

@@ -113,7 +113,7 @@ def close_prompts(method, arrays):
     ends = torch.tensor(template.lengths) - 1
     done = close(ends, arrays, "eot", rtol=0, atol=0)
     ids = [[template.clip.tokenizer.sot_token_id] for _ in template.lengths]
-    for item in template._items:
+    for item in template.items:
         for c, row in enumerate(ids):
             row += [None] * item if isinstance(item, int) else item[c]
     return done + close_ids(ids, arrays, "tokens")

@@ -17,7 +17,7 @@ def also_kapt(method, fixture, arrays, batch):
         mean = attention.mean(dim=2)
         close(mean, arrays, "attention_mean_over_heads", atol=1e-5)
         close(cues[:, 0], arrays, "cue_class0", atol=1e-5)
-        lengths = [len(ids) for ids in method.context.template._items[0]]  # as cut
+        lengths = [len(ids) for ids in method.context.template.items[0]]  # as cut
         close(torch.tensor(lengths), arrays, "summary_lengths", rtol=0, atol=0)
         method.pooling = "per_class"
         close(method.score(Z, text), arrays, "logits_per_class")
