@@ -138,7 +138,7 @@ class ArGue(Method):
     picture = Picture(
         text=("SOS", learned("$v_1$ … $v_M$"), "[class]", "which has …", ".", "EOT"),
         image_blocks={0: learned("layer norms")},
-        text_out=learned("$+\\,w$"),
+        text_out=learned("$+\\,u$"),
         text_reference=Target("names in\ntemplates", "told apart"),
         prompts="several attributes for each class",
         several=("text",),
