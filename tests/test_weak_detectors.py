@@ -105,16 +105,21 @@ def test_its_ends_are_the_host_and_clip(tiny_clip, batch):
     assert 0 < tuned.sum() < len(tuned)
 
 
-def test_over_a_host_with_an_image_tower_of_its_own(tiny_clip, batch):
+@pytest.mark.parametrize("host", ["maple", "dept(cocoop)", "dept(maple)"])
+def test_over_a_host_whose_features_cannot_be_mixed(tiny_clip, batch, host):
     """z' is CLIP's, of its own features; the logits are mixed."""
-    method = made(tiny_clip, "maple", sharpness=8.0)
-    assert not method.mixes_features and method.reads_at_test == "images+features"
+    method = made(tiny_clip, host, sharpness=8.0)
+    assert not method.mixes_features
+    assert "features" in (method.reads_at_test or method.reads).split("+")
     z = method.host.logits(batch)
     f = F.normalize(tiny_clip.encode_image(batch.images), dim=-1)
     zero = 100 * f @ F.normalize(method.zero_shot, dim=-1).T
     s = torch.sigmoid(8 * (z.softmax(-1).amax(-1) - zero.softmax(-1).amax(-1)))[:, None]
     expected = (1 - s) * zero + s * z
     torch.testing.assert_close(method.logits(batch), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_it_is_the_outermost_where_it_mixes_logits(tiny_clip, batch):
     with pytest.raises(InputError, match=r"cannot extend weak_det.*maple.*encode\(\)"):
         build("dept(weak_detectors(maple))", tiny_clip, NAMES)
     inner = build("dept(weak_detectors(coop))", tiny_clip, NAMES)  # mixes features

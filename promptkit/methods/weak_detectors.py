@@ -184,6 +184,12 @@ class WeakDetectors(Plugin):
         frozen = batch.features if known else self.clip.encode_image(batch.images)
         return torch.cat([tuned, frozen], dim=-1)
 
+    def text_features(self, image_features=None):
+        """The host's, of its own image features alone."""
+        if image_features is not None and not self.mixes_features:
+            image_features = image_features[:, : self.clip.embed_dim]
+        return super().text_features(image_features)
+
     def score(self, image, text):
         """The host's logits in training; the mixture at test time, (B, C)."""
         if self.training:
