@@ -456,8 +456,8 @@ def _points(axis, points, names):
 def spread_labels(texts, lines=()):
     """Put each label beside its point, or near to it at the end of a line, where it
     covers no point, none of the lines (pairs of ends) and nothing placed before it, and
-    its own line neither, unless there is no such place. Call it last: where the axes
-    change later, labels stay.
+    its own line neither, and no point that touches its own is nearer, unless there is
+    no such place. Call it last: where the axes change later, labels stay.
 
     Args:
         texts: annotations of one axis at their points, placed in points from them
@@ -490,7 +490,6 @@ def spread_labels(texts, lines=()):
     labels = []
     for text, place, own in zip(texts, places, spots, strict=True):
         crossed = [*labels, *(spot for spot in spots if not spot.overlaps(own))]
-        # Of points that touch each has its label on its own side.
         pairs = zip(places, spots, strict=True)
         touching = [at for at, spot in pairs if spot.overlaps(own)]
         # In a crowd a line may cross something; the last is for where no place is free.
